@@ -1,0 +1,1 @@
+"""The `sah-bench` command: assembles pipelines and benchmark matrices from registered names."""

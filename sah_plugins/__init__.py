@@ -1,0 +1,1 @@
+"""Plugins that ship with Sparse Attention Hub, each found through its entry point."""

@@ -1,0 +1,1 @@
+"""Attention backends, one module per registered name."""

@@ -1,0 +1,1 @@
+"""Benchmarks, one module or folder per registered name."""

@@ -1,0 +1,1 @@
+"""Maskers, one module per registered name."""

@@ -1,0 +1,1 @@
+"""Metrics: observers that a run attaches by name."""
