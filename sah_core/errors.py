@@ -1,0 +1,364 @@
+"""Everything that can go wrong on bad input, as one family of exceptions.
+
+Every class derives from `SahError`; ``str(error)`` is one line that says what is wrong, what was
+expected and what to do; the facts are attributes. The command line prints that line and exits with
+code 2.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+
+__all__ = [
+    "BrokenPluginError",
+    "ContextTooLongError",
+    "ExperimentError",
+    "MissingParameterError",
+    "ModelNotFoundError",
+    "OutputFolderError",
+    "ParameterError",
+    "PipelineError",
+    "PipelineSyntaxError",
+    "PluginConflictError",
+    "PluginDisabledError",
+    "RequestError",
+    "SahError",
+    "UnknownParameterError",
+    "UnknownPluginError",
+    "UnsupportedError",
+    "nearest_names",
+    "one_line",
+    "short_repr",
+]
+
+_LONGEST_VALUE = 80
+
+
+def one_line(text: str) -> str:
+    """Joins the lines of `text` with single spaces."""
+    return " ".join(text.split())
+
+
+def short_repr(value: object) -> str:
+    """The repr of `value` on one line, cut in the middle past 80 characters."""
+    text = one_line(repr(value))
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    half = (_LONGEST_VALUE - 3) // 2
+    return f"{text[:half]}...{text[-half:]}"
+
+
+def nearest_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
+    """The at most three of `names` that a slip could have turned into `name`, nearest first."""
+    from difflib import get_close_matches
+
+    return tuple(get_close_matches(name, sorted(names), n=3, cutoff=0.6))
+
+
+def _did_you_mean(nearest: tuple[str, ...]) -> str:
+    return f" did you mean {' or '.join(repr(name) for name in nearest)}?" if nearest else ""
+
+
+def _see_plugin(owner: str) -> str:
+    # A class without a registered name shows up under its class name, which no command can show.
+    return f". see 'sah-bench plugins show {owner}'." if owner == owner.lower() else "."
+
+
+class SahError(Exception):
+    """The base of every error that this project raises on purpose."""
+
+
+@attrs.define
+class UnknownPluginError(SahError, LookupError):
+    """No plugin of this kind has this name.
+
+    Attributes:
+        kind: the kind in the singular, such as ``masker``.
+        name: the name that was asked for.
+        nearest: registered names that look like it, nearest first.
+    """
+
+    kind: str
+    name: str
+    nearest: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"no {self.kind} named {short_repr(self.name)}.{_did_you_mean(self.nearest)}"
+            " see 'sah-bench plugins list'."
+        )
+
+
+@attrs.define
+class BrokenPluginError(SahError):
+    """A plugin is installed but cannot be used.
+
+    Attributes:
+        kind: the kind in the singular.
+        name: the registered name.
+        distribution: the distribution that ships it.
+        entry_point: the entry point's value, ``module`` or ``module:attribute``.
+        cause: the exception that loading it raised, or a text that says what is wrong with it.
+    """
+
+    kind: str
+    name: str
+    distribution: str
+    entry_point: str
+    cause: BaseException | str
+
+    @property
+    def reason(self) -> str:
+        """The cause on one line, without the plugin's name."""
+        if isinstance(self.cause, str):
+            return one_line(self.cause)
+        return one_line(f"{type(self.cause).__name__}: {self.cause}")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind} {self.name!r} of distribution {self.distribution!r} "
+            f"(entry point {self.entry_point!r}) is broken: {self.reason}. "
+            f"repair or uninstall it, or set SAH_DISABLE_PLUGINS={self.name}."
+        )
+
+
+@attrs.define
+class PluginConflictError(SahError):
+    """Several distributions register one name, and the name alone was asked for.
+
+    Attributes:
+        kind: the kind in the singular.
+        name: the registered name.
+        distributions: the distributions that register it, sorted.
+    """
+
+    kind: str
+    name: str
+    distributions: tuple[str, ...]
+
+    def __str__(self) -> str:
+        owners = " and ".join(repr(owner) for owner in self.distributions)
+        choices = " or ".join(repr(f"{owner}:{self.name}") for owner in self.distributions)
+        return f"{self.kind} {self.name!r} is registered by {owners}. choose one: {choices}."
+
+
+@attrs.define
+class PluginDisabledError(SahError):
+    """The plugin is blocked by the environment variable ``SAH_DISABLE_PLUGINS``.
+
+    Attributes:
+        kind: the kind in the singular.
+        name: the registered name.
+    """
+
+    kind: str
+    name: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind} {self.name!r} is disabled. "
+            "take its name out of the environment variable SAH_DISABLE_PLUGINS to use it."
+        )
+
+
+@attrs.define
+class ParameterError(SahError, ValueError):
+    """A parameter has a value that its declaration does not allow.
+
+    Attributes:
+        owner: the registered name of the plugin, or its class name.
+        parameter: the parameter's name.
+        value: the value that was given.
+        expected: what the declaration allows, in words.
+    """
+
+    owner: str
+    parameter: str
+    value: Any
+    expected: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.owner}: {self.parameter} = {short_repr(self.value)} is not allowed: "
+            f"expected {self.expected}{_see_plugin(self.owner)}"
+        )
+
+
+@attrs.define
+class UnknownParameterError(ParameterError):
+    """The owner declares no parameter of this name.
+
+    Attributes:
+        nearest: declared names that look like it, nearest first.
+    """
+
+    nearest: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        hint = _did_you_mean(self.nearest) or f" expected {self.expected}."
+        see = _see_plugin(self.owner).removeprefix(".")
+        return f"{self.owner}: no parameter named {short_repr(self.parameter)}.{hint}{see}"
+
+
+@attrs.define
+class MissingParameterError(ParameterError):
+    """A parameter without a default was not given."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.owner}: {self.parameter} is missing: "
+            f"expected {self.expected}{_see_plugin(self.owner)}"
+        )
+
+
+@attrs.define
+class PipelineSyntaxError(SahError, ValueError):
+    """A pipeline text does not parse.
+
+    Attributes:
+        text: the whole text.
+        position: the index in `text` at which parsing stopped.
+        expected: what could have stood there, in words.
+    """
+
+    text: str
+    position: int
+    expected: str
+
+    @property
+    def found(self) -> str:
+        """The word or the sign at `position`, quoted, or a phrase for the end of the text."""
+        rest = self.text[self.position :]
+        if not rest.strip():
+            return "the end of the text"
+        if not (rest[0].isalnum() or rest[0] in "_-"):
+            return repr(rest[0])
+        length = next(
+            (i for i, sign in enumerate(rest) if not (sign.isalnum() or sign in "_-.%")), len(rest)
+        )
+        return short_repr(rest[:length])
+
+    def __str__(self) -> str:
+        return (
+            f"pipeline {short_repr(self.text)}: found {self.found} at column "
+            f"{self.position + 1}, expected {self.expected}."
+        )
+
+
+@attrs.define
+class PipelineError(SahError, ValueError):
+    """A pipeline is well written but makes no sense.
+
+    Attributes:
+        message: what is wrong and what to do, on one line.
+    """
+
+    message: str
+
+    def __str__(self) -> str:
+        return one_line(self.message)
+
+
+@attrs.define
+class ExperimentError(SahError, ValueError):
+    """An experiment file is wrong.
+
+    Attributes:
+        path: the file.
+        where: the place in it, such as ``pipelines[1].layers``; empty for the whole file.
+        message: what is wrong and what is allowed.
+    """
+
+    path: str
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        place = f"{self.path}: {self.where}" if self.where else f"{self.path}"
+        return one_line(f"{place}: {self.message}")
+
+
+@attrs.define
+class ModelNotFoundError(SahError, LookupError):
+    """A model name leads to no weights on this machine.
+
+    Attributes:
+        name: the name that was asked for.
+        reason: why it was not found.
+        hint: what to do, such as a pip command; may be empty.
+    """
+
+    name: str
+    reason: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return one_line(f"model {self.name!r} not found: {self.reason}. {self.hint}")
+
+
+@attrs.define
+class ContextTooLongError(SahError, ValueError):
+    """A prompt has more tokens than are allowed.
+
+    Attributes:
+        tokens: the tokens that the prompt and the answer need.
+        limit: the tokens that are allowed.
+        what: who sets the limit, such as ``model 'smollm2-135m'`` or ``max_context_length``.
+    """
+
+    tokens: int
+    limit: int
+    what: str
+
+    def __str__(self) -> str:
+        return (
+            f"the context is too long: {self.tokens} tokens, but {self.what} allows {self.limit}. "
+            "shorten it, or set max_context_length with truncation='middle'."
+        )
+
+
+@attrs.define
+class RequestError(SahError, ValueError):
+    """A request cannot be served as it is.
+
+    Attributes:
+        message: what is wrong and what is allowed, on one line.
+    """
+
+    message: str
+
+    def __str__(self) -> str:
+        return one_line(self.message)
+
+
+@attrs.define
+class UnsupportedError(SahError):
+    """A backend, model or machine cannot do what was asked.
+
+    Attributes:
+        what: the thing that was asked for.
+        reason: why it cannot be had, and what to use in its place.
+    """
+
+    what: str
+    reason: str
+
+    def __str__(self) -> str:
+        return one_line(f"{self.what} is not supported: {self.reason}")
+
+
+@attrs.define
+class OutputFolderError(SahError, OSError):
+    """Results cannot be written to a folder.
+
+    Attributes:
+        path: the folder.
+        reason: why not.
+    """
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return one_line(f"cannot write to {self.path!r}: {self.reason}. choose another folder.")
