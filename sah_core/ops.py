@@ -1,0 +1,201 @@
+"""The scoring primitives that maskers use, in their reference form.
+
+Maskers reach them through ``inputs.ops`` only. A backend may override some with faster forms that give the same
+result; the tests of a backend run over its ops too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sah_core.mask import KeyRange
+
+GROUP_REDUCTIONS = ("none", "sum", "mean", "max")
+
+
+class Ops:
+    """Reference forms in plain torch: right on every device, fast on the CPU."""
+
+    def logits(
+        self, query: Tensor, key: Tensor, scaling: float, softcap: float | None = None
+    ) -> Tensor:
+        """Attention logits before the softmax.
+
+        Args:
+            query: ``(batch, heads, query_len, head_dim)``.
+            key: ``(batch, kv_heads, key_len, head_dim)``.
+            scaling: Factor on ``q . k``.
+            softcap: Gemma 2's cap c in ``c * tanh(logit / c)``, or None.
+
+        Returns:
+            float32 ``(batch, heads, query_len, key_len)``.
+        """
+        batch, heads, query_len, head_dim = query.shape
+        kv_heads, key_len = key.shape[1], key.shape[2]
+        rows = query.reshape(batch, kv_heads, heads // kv_heads * query_len, head_dim)
+        scores = torch.matmul(rows.float() * scaling, key.float().transpose(2, 3))
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        return scores.view(batch, heads, query_len, key_len)
+
+    def masked_topk(
+        self,
+        scores: Tensor,
+        capacity: int,
+        *,
+        count: Tensor | None = None,
+        start: Tensor | None = None,
+        stop: Tensor | None = None,
+        taken: Sequence[KeyRange] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """The best-scored candidates of each row; of equal scores the lower index wins.
+
+        Args:
+            scores: float32 ``(batch, heads, query_len, candidates)``; -inf is never chosen. Not changed.
+            capacity: Entries per row in the result.
+            count: How many to choose per row, int32 broadcastable to ``(batch, heads, query_len)``, at most
+                ``capacity``; None = ``capacity``.
+            start: First candidate per row, int32 ``(batch | 1, heads | 1, query_len | 1)``; None = 0.
+            stop: One past the last candidate per row, likewise; None = all.
+            taken: Ranges whose members are no candidates.
+
+        Returns:
+            int32 indices ``(batch, heads, query_len, capacity)``, the chosen ones first and -1 after them, and
+            how many were chosen, int32 ``(batch, heads, query_len)``. The order of the chosen is not promised.
+        """
+        candidates = scores.shape[-1]
+        scores = self._hide(scores, start, stop, taken)
+        width = min(capacity, candidates)
+        values, indices = scores.topk(width, dim=-1)
+        if width and width < candidates:
+            worst = values[..., -1:]
+            tied = (scores == worst).sum(-1) > (values == worst).sum(-1)
+            if bool((tied & (worst[..., 0] > float("-inf"))).any()):
+                values, indices = (
+                    t[..., :width] for t in scores.sort(dim=-1, descending=True, stable=True)
+                )
+            elif count is not None:
+                values, indices = _by_value_then_index(values, indices)
+        elif count is not None:
+            values, indices = _by_value_then_index(values, indices)
+        indices = torch.where(values > float("-inf"), indices, -1).to(torch.int32)
+        chosen = (values > float("-inf")).sum(-1, dtype=torch.int32)
+        if count is not None:
+            chosen = torch.minimum(chosen, count.to(torch.int32))
+            slot = torch.arange(width, device=scores.device)
+            indices = torch.where(slot < chosen.unsqueeze(-1), indices, -1)
+        if width < capacity:
+            indices = torch.nn.functional.pad(indices, (0, capacity - width), value=-1)
+        return indices, chosen
+
+    @staticmethod
+    def _hide(
+        scores: Tensor, start: Tensor | None, stop: Tensor | None, taken: Sequence[KeyRange]
+    ) -> Tensor:
+        """Scores with -inf at everything that is no candidate."""
+        fill = float("-inf")
+        limits = ([] if start is None else [start]) + ([] if stop is None else [stop])
+        bounds = [t for r in taken for t in (r.start, r.stop)]
+        if not limits and not bounds:
+            return scores
+        candidates = scores.shape[-1]
+        if scores.device.type == "cpu" and all(t.numel() == 1 for t in (*limits, *bounds)):
+            first = 0 if start is None else max(0, int(start))
+            last = candidates if stop is None else max(0, int(stop))
+            spans = [(0, first), (last, candidates)]
+            spans += [(max(0, int(r.start)), max(0, int(r.stop))) for r in taken]
+            scores = scores.clone()
+            for begin, end in spans:
+                scores[..., begin:end] = fill
+            return scores
+        position = torch.arange(candidates, device=scores.device, dtype=torch.int32)
+        hidden = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=scores.device)
+        if start is not None:
+            hidden = hidden | (position < start.unsqueeze(-1))
+        if stop is not None:
+            hidden = hidden | (position >= stop.unsqueeze(-1))
+        for part in taken:
+            hidden = hidden | part.contains(position)
+        return scores.masked_fill(hidden, fill)
+
+    def page_bounds(
+        self, key: Tensor, page_size: int, first: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Element-wise minimum and maximum of the keys of every page (Quest, section 3.2).
+
+        Args:
+            key: ``(batch, kv_heads, key_len, head_dim)``.
+            page_size: Keys per page.
+            first: Key index of the start of page 0 per sequence, int ``(batch | 1,)``; None = 0.
+
+        Returns:
+            Two tensors ``(batch, kv_heads, pages, head_dim)`` with ``pages = ceil(key_len / page_size)``. The
+            last page covers the keys there are; a page without keys has bounds (+inf, -inf).
+        """
+        batch, kv_heads, key_len, head_dim = key.shape
+        pages = -(-key_len // page_size)
+        shape = (batch, kv_heads, pages, page_size, head_dim)
+        if first is None:
+            whole = key_len // page_size
+            body = key[:, :, : whole * page_size].unflatten(2, (whole, page_size))
+            low, high = body.amin(dim=3), body.amax(dim=3)
+            if whole < pages:
+                tail = key[:, :, whole * page_size :]
+                low = torch.cat([low, tail.amin(dim=2, keepdim=True)], dim=2)
+                high = torch.cat([high, tail.amax(dim=2, keepdim=True)], dim=2)
+            return low, high
+        position = torch.arange(pages * page_size, device=key.device)
+        source = position + first.long().view(-1, 1)
+        inside = source < key_len
+        index = source.clamp(max=key_len - 1).view(-1, 1, pages * page_size, 1)
+        index = index.expand(batch, kv_heads, -1, head_dim)
+        rows = key.gather(2, index).view(shape)
+        inside = inside.view(-1, 1, pages, page_size, 1)
+        low = rows.masked_fill(~inside, float("inf")).amin(dim=3)
+        high = rows.masked_fill(~inside, float("-inf")).amax(dim=3)
+        return low, high
+
+    def page_scores(
+        self, query: Tensor, low: Tensor, high: Tensor, reduction: str = "none"
+    ) -> Tensor:
+        """Upper bound of ``q . k`` over each page: ``sum_d max(q_d low_d, q_d high_d)``.
+
+        Args:
+            query: ``(batch, heads, query_len, head_dim)``.
+            low: Page minima ``(batch, kv_heads, pages, head_dim)``.
+            high: Page maxima, likewise.
+            reduction: How the query heads of a KV group share their scores: none, sum, mean or max.
+
+        Returns:
+            float32 ``(batch, heads, query_len, pages)``, or ``(batch, kv_heads, query_len, pages)`` when reduced.
+        """
+        batch, heads, query_len, head_dim = query.shape
+        kv_heads = low.shape[1]
+        group = heads // kv_heads
+        rows = query.float().view(batch, kv_heads, group, query_len, head_dim)
+        if reduction in ("sum", "mean"):
+            # max(q l, q h) = relu(q) h + min(q, 0) l is linear in (relu(q), min(q, 0)): reduce those first
+            factor = 1.0 if reduction == "sum" else 1.0 / group
+            up, down = rows.clamp(min=0).sum(2) * factor, rows.clamp(max=0).sum(2) * factor
+        else:
+            flat = rows.reshape(batch, kv_heads, group * query_len, head_dim)
+            up, down = flat.clamp(min=0), flat.clamp(max=0)
+        scores = up @ high.float().transpose(2, 3) + down @ low.float().transpose(2, 3)
+        if reduction in ("sum", "mean"):
+            return scores
+        scores = scores.view(batch, kv_heads, group, query_len, low.shape[2])
+        return scores.amax(dim=2) if reduction == "max" else scores.flatten(1, 2)
+
+
+def _by_value_then_index(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Order by falling value, then by rising index."""
+    indices, order = indices.sort(dim=-1)
+    values = values.gather(-1, order)
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    return values, indices.gather(-1, order)
+
+
+REFERENCE = Ops()

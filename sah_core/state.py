@@ -1,0 +1,104 @@
+"""State that maskers keep per request, layer and pipeline step.
+
+A state is append-only wherever it can be: its tensors are preallocated, written in place and cut back by length,
+so that a snapshot costs nothing. What is not append-only is copied into the snapshot.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import attrs
+import torch
+from torch import Tensor
+
+
+@attrs.frozen
+class LayerInfo:
+    """What a masker may know of a layer when it creates its state.
+
+    Attributes:
+        index: Layer index.
+        count: Layers in the model.
+        batch: Sequences.
+        heads: Query heads.
+        kv_heads: Key/value heads.
+        head_dim: Channels of a key.
+        value_dim: Channels of a value.
+        capacity: Keys that the key buffer holds; a hint for preallocation.
+        first: First real key per sequence, int32 ``(batch | 1,)``, or None without padding.
+        dtype: Type of the keys.
+        device: Where the keys live.
+    """
+
+    index: int
+    count: int
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    capacity: int
+    first: Tensor | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+class State(Protocol):
+    """What the core asks of a masker's state."""
+
+    def snapshot(self) -> Any:
+        """A token from which `restore` recreates the present state."""
+
+    def restore(self, token: Any) -> None:
+        """Go back to the state in which ``token`` was taken. One live branch at a time."""
+
+
+class GrowingBuffer:
+    """A tensor that grows along one dimension, written in place.
+
+    Room is taken ahead, so that appending a token copies that token and nothing else; only `view` of the filled
+    part is handed out.
+    """
+
+    def __init__(self, dim: int = 2, capacity: int = 0) -> None:
+        self.dim = dim
+        self.length = 0
+        self.capacity = capacity
+        self.data: Tensor | None = None
+
+    @property
+    def view(self) -> Tensor:
+        """The filled part."""
+        if self.data is None:
+            raise RuntimeError("the buffer is empty")
+        return self.data.narrow(self.dim, 0, self.length)
+
+    def reserve(self, like: Tensor, room: int) -> None:
+        """Make sure that ``room`` entries fit, copying what is there at most once per doubling."""
+        if self.data is not None and room <= self.data.shape[self.dim]:
+            return
+        room = max(room, self.capacity, 0 if self.data is None else 2 * self.data.shape[self.dim])
+        shape = list(like.shape)
+        shape[self.dim] = room
+        fresh = torch.empty(shape, dtype=like.dtype, device=like.device)
+        if self.data is not None and self.length:
+            fresh.narrow(self.dim, 0, self.length).copy_(self.view)
+        self.data = fresh
+
+    def append(self, rows: Tensor) -> Tensor:
+        """Write ``rows`` behind what is there and return the filled part."""
+        added = rows.shape[self.dim]
+        self.reserve(rows, self.length + added)
+        assert self.data is not None
+        self.data.narrow(self.dim, self.length, added).copy_(rows)
+        self.length += added
+        return self.view
+
+    def snapshot(self) -> int:
+        """The length; the contents stay valid because nothing before it is written again."""
+        return self.length
+
+    def restore(self, token: int) -> None:
+        """Cut back to the length of the snapshot."""
+        self.length = token
