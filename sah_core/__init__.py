@@ -1,1 +1,123 @@
-"""The core of Sparse Attention Hub."""
+"""The core of Sparse Attention Hub: masks, maskers, pipelines, backends, plugins.
+
+Everything public can be imported from here. Names are loaded on first use, so that
+``from sah_core import registry`` does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Bound here, at once: importing the submodule `sah_core.registry` sets the attribute `registry` of
+# this package to the module, and only a binding made afterwards, that is now, replaces it for good.
+from .registry import Registry, registry
+
+if TYPE_CHECKING:
+    from .allowed import Allowed
+    from .backend import Backend, Problem
+    from .benchmark import Benchmark, Example, Protocol
+    from .errors import (
+        BrokenPluginError,
+        ContextTooLongError,
+        ExperimentError,
+        MissingParameterError,
+        ModelNotFoundError,
+        OutputFolderError,
+        ParameterError,
+        PipelineError,
+        PipelineSyntaxError,
+        PluginConflictError,
+        PluginDisabledError,
+        RequestError,
+        SahError,
+        UnknownParameterError,
+        UnknownPluginError,
+        UnsupportedError,
+    )
+    from .hookspecs import hookimpl
+    from .inputs import Inputs
+    from .mask import KeyRange, Mask, Selected
+    from .masker import Capabilities, Masker
+    from .ops import Ops
+    from .parameters import Search, Size, param
+    from .patching import attach
+    from .pipeline import Pipeline
+    from .requests import Request, Response
+
+__all__ = [
+    "Allowed",
+    "Backend",
+    "Benchmark",
+    "BrokenPluginError",
+    "Capabilities",
+    "ContextTooLongError",
+    "Example",
+    "ExperimentError",
+    "Inputs",
+    "KeyRange",
+    "Mask",
+    "Masker",
+    "MissingParameterError",
+    "ModelNotFoundError",
+    "Ops",
+    "OutputFolderError",
+    "ParameterError",
+    "Pipeline",
+    "PipelineError",
+    "PipelineSyntaxError",
+    "PluginConflictError",
+    "PluginDisabledError",
+    "Problem",
+    "Protocol",
+    "Registry",
+    "Request",
+    "RequestError",
+    "Response",
+    "SahError",
+    "Search",
+    "Selected",
+    "Size",
+    "UnknownParameterError",
+    "UnknownPluginError",
+    "UnsupportedError",
+    "attach",
+    "hookimpl",
+    "param",
+    "registry",
+]
+
+_MODULES = {
+    "Allowed": "allowed",
+    "Backend": "backend",
+    "Benchmark": "benchmark",
+    "Capabilities": "masker",
+    "Example": "benchmark",
+    "Inputs": "inputs",
+    "KeyRange": "mask",
+    "Mask": "mask",
+    "Masker": "masker",
+    "Ops": "ops",
+    "Pipeline": "pipeline",
+    "Problem": "backend",
+    "Protocol": "benchmark",
+    "Request": "requests",
+    "Response": "requests",
+    "Search": "parameters",
+    "Selected": "mask",
+    "Size": "parameters",
+    "attach": "patching",
+    "hookimpl": "hookspecs",
+    "param": "parameters",
+} | dict.fromkeys((name for name in __all__ if name.endswith("Error")), "errors")
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{module}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

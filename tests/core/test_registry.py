@@ -1,0 +1,351 @@
+"""Discovery, lazy loading and isolation of plugins, with fake distributions on the path."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from sah_core.errors import (
+    BrokenPluginError,
+    PluginConflictError,
+    PluginDisabledError,
+    UnknownPluginError,
+)
+from sah_core.hookspecs import hookimpl
+from sah_core.registry import Registry
+
+pytestmark = pytest.mark.unit
+
+GOOD = """
+    from sah_core.hookspecs import hookimpl
+
+    class Zigzag:
+        name = "zigzag"
+
+    @hookimpl
+    def sah_masker():
+        return Zigzag
+"""
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Installs a fake distribution: its entry points, and modules as a wheel would place them."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    modules = []
+
+    def add(distribution, points, sources=None, group="sah.maskers", version="1.2"):
+        folder = tmp_path / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+        (folder / "METADATA").write_text(metadata)
+        lines = [f"{name} = {value}" for name, value in points.items()]
+        (folder / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]) + "\n")
+        for module, source in (sources or {}).items():
+            (tmp_path / f"{module}.py").write_text(textwrap.dedent(source))
+            modules.append(module)
+        return folder
+
+    yield add
+    for module in modules:
+        sys.modules.pop(module, None)
+
+
+class Quest:
+    name = "quest-of-tests"
+
+
+class TestDiscovery:
+    def test_listing_imports_nothing(self, install):
+        install("zig-pkg", {"zigzag": "fake_zigzag"}, {"fake_zigzag": GOOD})
+        registry = Registry()
+        assert "zigzag" in registry.maskers.names()
+        assert "zigzag" in registry.maskers
+        [entry] = [entry for entry in registry.entries() if entry.name == "zigzag"]
+        assert (entry.kind, entry.distribution, entry.version) == ("masker", "zig-pkg", "1.2")
+        assert (entry.entry_point, entry.state, entry.id) == (
+            "fake_zigzag",
+            "ok",
+            "zig-pkg:zigzag",
+        )
+        assert "fake_zigzag" not in sys.modules
+
+    def test_a_name_is_loaded_on_first_use_and_once(self, install):
+        install("zig-pkg", {"zigzag": "fake_zigzag"}, {"fake_zigzag": GOOD})
+        registry = Registry()
+        found = registry.maskers["zigzag"]
+        assert found.__name__ == "Zigzag"
+        assert registry.maskers["zigzag"] is found
+        assert registry.maskers["zig-pkg:zigzag"] is found
+        assert registry.maskers["Zig_Pkg:zigzag"] is found
+
+    def test_an_entry_point_may_name_an_instance(self, install):
+        source = """
+            from sah_core.hookspecs import hookimpl
+
+            class Plugin:
+                @hookimpl
+                def sah_masker(self):
+                    return dict
+
+            plugin = Plugin()
+        """
+        install("obj-pkg", {"by-object": "fake_object:plugin"}, {"fake_object": source})
+        assert Registry().maskers["by-object"] is dict
+
+    def test_kinds_are_separate(self, install):
+        install("zig-pkg", {"zigzag": "fake_zigzag"}, {"fake_zigzag": GOOD})
+        registry = Registry()
+        assert "zigzag" not in registry.backends
+        assert [kind.singular for kind in registry.kinds()] == [
+            "masker",
+            "adapter",
+            "backend",
+            "benchmark",
+            "metric",
+            "model",
+            "objective",
+        ]
+
+    def test_names_are_sorted_and_iterate(self):
+        kind = Registry().objectives
+        kind.register("b", lambda: 2)
+        kind.register("a", lambda: 1)
+        assert kind.names() == tuple(kind) == ("a", "b")
+        assert len(kind) == 2
+        assert repr(kind) == "<objectives: a, b>"
+
+    def test_an_unknown_name_gets_a_suggestion(self):
+        registry = Registry()
+        registry.maskers.register("quest-of-tests", Quest)
+        with pytest.raises(UnknownPluginError) as caught:
+            registry.maskers["qest-of-tests"]
+        assert str(caught.value) == (
+            "no masker named 'qest-of-tests'. did you mean 'quest-of-tests'? "
+            "see 'sah-bench plugins list'."
+        )
+
+    @pytest.mark.parametrize("name", [3, None, "", ":", "nowhere:quest-of-tests"])
+    def test_nonsense_is_an_unknown_name(self, name):
+        registry = Registry()
+        registry.maskers.register("quest-of-tests", Quest)
+        assert name not in registry.maskers
+        with pytest.raises(UnknownPluginError):
+            registry.maskers[name]
+
+    def test_a_malformed_entry_point_file_does_not_hide_the_others(self, install, caplog):
+        install("zig-pkg", {"zigzag": "fake_zigzag"}, {"fake_zigzag": GOOD})
+        folder = install("torn-pkg", {})
+        (folder / "entry_points.txt").write_text("[sah.maskers]\nno equals sign here\n")
+        registry = Registry()
+        assert "zigzag" in registry.maskers
+        assert "torn-pkg" in caplog.text
+
+
+class TestBrokenPlugins:
+    CASES = {
+        "raises": ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
+        "exits": ("import sys; sys.exit('bye')", "SystemExit: bye"),
+        "no-module": (None, "No module named"),
+        "no-hook": ("x = 1", "it does not implement the hook sah_masker"),
+        "misspelt": (
+            "from sah_core.hookspecs import hookimpl\n@hookimpl\ndef sah_maskr(): return 1",
+            "unknown hook 'sah_maskr'",
+        ),
+        "returns-none": (
+            "from sah_core.hookspecs import hookimpl\n@hookimpl\ndef sah_masker(): return None",
+            "returned None",
+        ),
+        "other-name": (GOOD, "its class is named 'zigzag'"),
+        "wrong-arguments": (
+            "from sah_core.hookspecs import hookimpl\n@hookimpl\ndef sah_masker(x): return 1",
+            "PluginValidationError",
+        ),
+    }
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_the_error_names_distribution_entry_point_and_cause(self, install, case):
+        source, reason = self.CASES[case]
+        module = f"fake_{case.replace('-', '_')}"
+        install("bad-pkg", {case: module}, {module: source} if source else None)
+        install("zig-pkg", {"zigzag": "fake_zigzag"}, {"fake_zigzag": GOOD})
+        registry = Registry()
+        with pytest.raises(BrokenPluginError) as caught:
+            registry.maskers[case]
+        error = caught.value
+        assert (error.kind, error.distribution, error.entry_point) == ("masker", "bad-pkg", module)
+        assert reason in str(error)
+        assert "\n" not in str(error)
+        assert registry.maskers["zigzag"].name == "zigzag"
+
+    def test_an_entry_point_that_names_a_class_is_broken(self, install):
+        install("cls-pkg", {"zigzag": "fake_zigzag:Zigzag"}, {"fake_zigzag": GOOD})
+        with pytest.raises(BrokenPluginError, match="names the class Zigzag, not its module"):
+            Registry().maskers["zigzag"]
+
+    def test_a_check_says_what_is_broken_and_raises_nothing(self, install):
+        install("bad-pkg", {"bad": "fake_bad"}, {"fake_bad": "raise RuntimeError('why')"})
+        install("zig-pkg", {"zigzag": "fake_zigzag"}, {"fake_zigzag": GOOD})
+        registry = Registry()
+        assert registry.maskers.entry("bad").state == "ok"
+        entry = registry.maskers.check("bad")
+        assert (entry.state, entry.reason) == ("broken", "RuntimeError: why")
+        assert registry.maskers.check("zigzag").state == "ok"
+        with pytest.raises(UnknownPluginError):
+            registry.maskers.check("nothing-here")
+
+    def test_a_repaired_plugin_loads_without_a_new_registry(self, install, tmp_path):
+        install("bad-pkg", {"zigzag": "fake_bad"}, {"fake_bad": "raise RuntimeError('why')"})
+        registry = Registry()
+        assert registry.maskers.check("zigzag").state == "broken"
+        (tmp_path / "fake_bad.py").write_text(textwrap.dedent(GOOD) + "# repaired\n")
+        assert registry.maskers["zigzag"].name == "zigzag"
+
+
+class TestConflicts:
+    @pytest.fixture
+    def registry(self, install):
+        install("first-pkg", {"zigzag": "fake_one"}, {"fake_one": GOOD})
+        install("second-pkg", {"zigzag": "fake_two"}, {"fake_two": GOOD})
+        return Registry()
+
+    def test_the_error_names_both_distributions(self, registry):
+        with pytest.raises(PluginConflictError) as caught:
+            registry.maskers["zigzag"]
+        assert caught.value.distributions == ("first-pkg", "second-pkg")
+        assert "choose one: 'first-pkg:zigzag' or 'second-pkg:zigzag'" in str(caught.value)
+
+    def test_a_qualified_name_chooses(self, registry):
+        assert registry.maskers["first-pkg:zigzag"].__module__ == "fake_one"
+        assert registry.maskers["second-pkg:zigzag"].__module__ == "fake_two"
+
+    def test_both_are_listed_as_conflict(self, registry):
+        states = [entry.state for entry in registry.maskers.entries() if entry.name == "zigzag"]
+        assert states == ["conflict", "conflict"]
+        assert registry.maskers.check("zigzag").state == "conflict"
+        assert registry.maskers.names().count("zigzag") == 1
+
+    def test_a_class_is_called_by_its_qualified_name(self, registry):
+        second = registry.maskers["second-pkg:zigzag"]
+        assert registry.maskers.name_of(second) == "second-pkg:zigzag"
+
+    def test_disabling_one_settles_it(self, registry, monkeypatch):
+        monkeypatch.setenv("SAH_DISABLE_PLUGINS", "first-pkg:zigzag")
+        registry = Registry()
+        assert registry.maskers["zigzag"].__module__ == "fake_two"
+        assert registry.maskers.name_of(registry.maskers["zigzag"]) == "zigzag"
+        assert [entry.state for entry in registry.maskers.entries() if entry.name == "zigzag"] == [
+            "disabled",
+            "ok",
+        ]
+
+
+class TestDisabling:
+    def test_a_disabled_plugin_is_listed_but_not_usable(self, install, monkeypatch):
+        install("zig-pkg", {"zigzag": "fake_zigzag"}, {"fake_zigzag": GOOD})
+        monkeypatch.setenv("SAH_DISABLE_PLUGINS", "other, zigzag")
+        registry = Registry()
+        assert registry.maskers.check("zigzag").state == "disabled"
+        assert "zigzag" not in registry.maskers
+        assert "zigzag" not in registry.maskers.names()
+        with pytest.raises(PluginDisabledError, match="SAH_DISABLE_PLUGINS"):
+            registry.maskers["zigzag"]
+        assert "fake_zigzag" not in sys.modules
+
+
+class TestLocalPlugins:
+    def test_a_class_registers_by_itself(self):
+        registry = Registry()
+        registry.maskers.register("quest-of-tests", Quest)
+        assert registry.maskers["quest-of-tests"] is Quest
+        assert registry.maskers["local:quest-of-tests"] is Quest
+        assert registry.maskers.entry("quest-of-tests").entry_point == "Quest"
+        assert registry.maskers.name_of(Quest) == "quest-of-tests"
+
+    def test_a_factory_and_an_object_with_the_hook_register_too(self):
+        class Plugin:
+            @hookimpl
+            def sah_model(self):
+                return int
+
+        registry = Registry()
+        registry.models.register("by-hook", Plugin())
+        registry.models.register("by-function", lambda: "source")
+        assert registry.models["by-hook"] is int
+        assert registry.models["by-function"]() == "source"
+
+    def test_registries_are_independent(self):
+        one, other = Registry(), Registry()
+        one.maskers.register("quest-of-tests", Quest)
+        assert "quest-of-tests" not in other.maskers
+
+    def test_a_name_is_never_overwritten(self):
+        registry = Registry()
+        registry.maskers.register("quest-of-tests", Quest)
+        with pytest.raises(PluginConflictError):
+            registry.maskers.register("quest-of-tests", Quest)
+        registry.maskers.register("quest-of-tests", Quest, distribution="elsewhere")
+        with pytest.raises(PluginConflictError):
+            registry.maskers["quest-of-tests"]
+
+    def test_unregistering_frees_the_name(self):
+        registry = Registry()
+        registry.maskers.register("quest-of-tests", Quest)
+        assert registry.maskers["quest-of-tests"] is Quest
+        registry.maskers.unregister("quest-of-tests")
+        assert "quest-of-tests" not in registry.maskers
+        registry.maskers.register("quest-of-tests", Quest)
+        assert registry.maskers["quest-of-tests"] is Quest
+        with pytest.raises(UnknownPluginError):
+            registry.maskers.unregister("nobody")
+
+    @pytest.mark.parametrize("name", ["Quest", "a b", "", "a:b", "-a", "a_b"])
+    def test_a_name_is_lower_case_with_hyphens(self, name):
+        with pytest.raises(ValueError, match="plugin name"):
+            Registry().maskers.register(name, Quest)
+
+    def test_a_class_of_another_name_is_broken(self):
+        registry = Registry()
+        registry.maskers.register("other", Quest)
+        with pytest.raises(BrokenPluginError, match="its class is named 'quest-of-tests'"):
+            registry.maskers["other"]
+
+
+class TestPackageRoot:
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            "from sah_core import registry",
+            "import sah_core; registry = sah_core.registry",
+            "import sah_core.registry; registry = sah_core.registry",
+            "import sah_core.registry as registry",
+            "from sah_core.registry import Registry; from sah_core import registry",
+            "import importlib; importlib.import_module('sah_core.registry'); "
+            "from sah_core import registry",
+        ],
+    )
+    def test_registry_is_the_object_in_every_order_and_without_torch(self, lines):
+        check = "import sys; registry.maskers.names; sys.exit('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", f"{lines}; {check}"], check=False)
+        assert done.returncode == 0
+
+    def test_errors_and_parameters_come_without_torch(self):
+        code = (
+            "from sah_core import SahError, Size, param, hookimpl, ParameterError, Registry\n"
+            "import sys, sah_core; assert 'Mask' in dir(sah_core)\n"
+            "sys.exit('torch' in sys.modules)"
+        )
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+    def test_an_unknown_attribute_is_an_attribute_error(self):
+        import sah_core
+
+        with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+            sah_core.Nothing  # noqa: B018
+
+    def test_every_lazy_name_belongs_to_a_module_of_the_package(self):
+        import sah_core
+
+        lazy = set(sah_core._MODULES)
+        assert lazy | {"registry", "Registry"} == set(sah_core.__all__)
