@@ -1,0 +1,1 @@
+"""The adapter for Hugging Face transformers causal language models."""
