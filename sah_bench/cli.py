@@ -1,0 +1,95 @@
+"""The command line: subcommands that load on first use, and one place where errors become text.
+
+Nothing heavy is imported here: ``sah-bench --help`` costs Python, click and this file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import Any
+
+import click
+
+from .options import DEBUG, debug_option
+
+COMMANDS = {
+    "run": ("run", "Run models x pipelines x benchmarks and compare them."),
+    "plugins": ("plugins", "List the plugins that are installed, or describe one."),
+    "verify": ("verify", "Check plugins against expected results."),
+    "env": ("env", "Show versions, devices and where models come from."),
+}
+"""Name of a subcommand: its module under `sah_bench.commands`, and the line that ``--help`` shows.
+
+The line stands here because click imports every subcommand to ask it for its help.
+"""
+
+FAULT = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the subcommands in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a subcommand; None if there is none of this name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"sah_bench.commands.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the subcommand; an unknown name gets the nearest ones as a hint."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            nearest = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" did you mean {nearest[0]!r}?" if nearest else ""
+            known = ", ".join(COMMANDS)
+            ctx.fail(f"no command named {args[0]!r}.{hint} the commands are {known}.")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand; whatever it raises becomes one line and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            note = "interrupted. finished samples are kept: the same command goes on from there."
+            click.echo(f"\n{note}", err=True)
+            ctx.exit(INTERRUPTED)
+        except Exception as error:
+            if ctx.meta.get(DEBUG):
+                raise
+            ctx.exit(_report(error))
+
+
+def _report(error: Exception) -> int:
+    """Print an error on one line and return the exit code that it means."""
+    from sah_core.errors import SahError, one_line
+
+    if isinstance(error, SahError):
+        click.echo(f"error: {one_line(str(error))}", err=True)
+        return BAD_INPUT
+    text = one_line(f"{type(error).__name__}: {error}").rstrip(": ")
+    click.echo(f"error: {text}. run it with --debug for the traceback.", err=True)
+    return FAULT
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sparse-attention-hub", message="sah-bench %(version)s")
+@debug_option
+def main() -> None:
+    """Compare sparse-attention methods on language models and benchmarks."""

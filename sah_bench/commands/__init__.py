@@ -1,0 +1,1 @@
+"""The subcommands of ``sah-bench``, one module each, imported when called."""

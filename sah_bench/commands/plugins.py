@@ -1,0 +1,198 @@
+"""``sah-bench plugins``: what is installed, from package metadata, and what one plugin takes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import attrs
+import click
+
+from sah_core import registry
+from sah_core.errors import UnknownPluginError, nearest_names, one_line
+from sah_core.registry import Kind, PluginEntry
+
+from ..options import debug_option
+
+
+@click.group()
+@debug_option
+def plugins() -> None:
+    """List the plugins that are installed, or describe one."""
+
+
+@plugins.command("list")
+@click.argument("kind", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--check", is_flag=True, help="Import every plugin and show which are broken.")
+@debug_option
+def list_plugins(kind: str | None, as_json: bool, check: bool) -> None:
+    """List all plugins, or those of one KIND such as maskers.
+
+    Reads package metadata only, so a plugin that is shown as ok may still fail to import: --check
+    imports each.
+    """
+    chosen = registry.kinds() if kind is None else (_kind(kind),)
+    entries = [entry for one in chosen for entry in one.entries()]
+    if check:
+        entries = [_checked(entry) for entry in entries]
+    if as_json:
+        click.echo(json.dumps([attrs.asdict(entry) for entry in entries], indent=2))
+    else:
+        _print_entries(entries)
+    if any(entry.state == "broken" for entry in entries):
+        raise click.exceptions.Exit(1)
+
+
+@plugins.command("show")
+@click.argument("name")
+@click.option("--kind", help="The kind, where a name is of several kinds.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with a JSON Schema.")
+@debug_option
+def show_plugin(name: str, kind: str | None, as_json: bool) -> None:
+    """Describe the plugin NAME: what it is, its parameters, where it comes from."""
+    wanted = registry.kinds() if kind is None else (_kind(kind),)
+    found = [one for one in wanted if _knows(one, name)]
+    if not found:
+        raise UnknownPluginError(
+            "plugin" if kind is None else wanted[0].singular,
+            name,
+            nearest_names(name, {known for one in wanted for known in one.names()}),
+        )
+    facts = [_facts(one, name) for one in found]
+    if as_json:
+        click.echo(json.dumps(facts if len(facts) > 1 else facts[0], indent=2))
+        return
+    for number, fact in enumerate(facts):
+        if number:
+            click.echo()
+        _print_facts(fact)
+
+
+def _kind(name: str) -> Kind[Any]:
+    for kind in registry.kinds():
+        if name in (kind.singular, kind.plural):
+            return kind
+    plurals = [kind.plural for kind in registry.kinds()]
+    nearest = nearest_names(name, plurals)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise click.UsageError(
+        f"no kind of plugin named {name!r}. {hint}the kinds are {', '.join(plurals)}."
+    )
+
+
+def _knows(kind: Kind[Any], name: str) -> bool:
+    return any(name in (entry.name, entry.id) for entry in kind.entries())
+
+
+def _checked(entry: PluginEntry) -> PluginEntry:
+    checked = _kind(entry.kind).check(entry.id)
+    return attrs.evolve(entry, state="broken", reason=checked.reason) if checked.reason else entry
+
+
+def _print_entries(entries: list[PluginEntry]) -> None:
+    rows = [
+        (entry.name, entry.state, f"{entry.distribution} {entry.version}".strip(), entry.reason)
+        for entry in entries
+    ]
+    if not rows:
+        click.echo("no plugins found.")
+        return
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    kind = ""
+    for entry, row in zip(entries, rows, strict=True):
+        if entry.kind != kind:
+            kind = entry.kind
+            click.echo(f"{_kind(kind).plural}")
+        cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
+        click.echo(f"  {'  '.join(cells)}  {row[3]}".rstrip())
+
+
+def _facts(kind: Kind[Any], name: str) -> dict[str, Any]:
+    from sah_core.parameters import json_schema, specs
+
+    entry = kind.entry(name)
+    plugin = kind[name]
+    facts = {
+        "kind": entry.kind,
+        "name": entry.name,
+        "distribution": entry.distribution,
+        "version": entry.version,
+        "entry_point": entry.entry_point,
+        "summary": _summary(plugin),
+        "description": _module_docstring(plugin),
+        "parameters": [
+            {
+                "name": spec.name,
+                "type": spec.type_name,
+                "required": spec.required,
+                "default": None if spec.required else spec.to_plain(spec.default),
+                "allowed": spec.allowed,
+                "unit": spec.unit,
+                "help": spec.help,
+                "search": spec.search.to_plain() if spec.search else None,
+            }
+            for spec in (specs(plugin) if isinstance(plugin, type) else ())
+        ],
+        "capabilities": _capabilities(plugin),
+    }
+    if facts["parameters"]:
+        facts["schema"] = json_schema(plugin)
+    return facts
+
+
+def _summary(plugin: Any) -> str:
+    return (inspect.getdoc(plugin) or "").strip().partition("\n")[0]
+
+
+def _module_docstring(plugin: Any) -> str:
+    return (inspect.getdoc(inspect.getmodule(plugin)) or "").strip()
+
+
+def _capabilities(plugin: Any) -> list[str]:
+    """What a masker declares about itself, in words; empty for other kinds."""
+    declared = getattr(plugin, "capabilities", None)
+    if declared is None or not attrs.has(type(declared)):
+        return []
+    words = []
+    for field in attrs.fields(type(declared)):
+        value = getattr(declared, field.name)
+        if value is True:
+            words.append(field.name.replace("_", " "))
+        elif value:
+            words.append(f"{field.name}: {', '.join(sorted(map(str, value)))}")
+    return words
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    origin = f"{facts['distribution']} {facts['version']}".strip()
+    click.echo(f"{facts['name']} ({facts['kind']}, {origin}, {facts['entry_point']})")
+    click.echo()
+    click.echo(facts["description"] or facts["summary"] or "No description.")
+    if facts["capabilities"]:
+        click.echo()
+        click.echo(f"Declares: {'; '.join(facts['capabilities'])}.")
+    click.echo()
+    if not facts["parameters"]:
+        click.echo("No parameters.")
+        return
+    click.echo("Parameters:")
+    for parameter in facts["parameters"]:
+        default = "required" if parameter["required"] else f"default {_text(parameter['default'])}"
+        unit = f", in {parameter['unit']}" if parameter["unit"] else ""
+        click.echo(f"  {parameter['name']} ({parameter['type']}{unit}, {default})")
+        click.echo(f"      {one_line(parameter['help'])}")
+        click.echo(f"      allowed: {parameter['allowed']}")
+        if parameter["search"]:
+            click.echo(f"      search: {_search_text(parameter['search'])}")
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value)
+
+
+def _search_text(search: dict[str, Any]) -> str:
+    if search["kind"] == "choice":
+        return f"one of {', '.join(_text(value) for value in search['values'])}"
+    return f"{search['kind'].replace('_', ' ')} from {search['low']} to {search['high']}"
