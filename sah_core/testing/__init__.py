@@ -1,0 +1,1 @@
+"""What plugins are tested with: golden cases and conformance checks."""
