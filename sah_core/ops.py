@@ -50,6 +50,8 @@ class Ops:
         start: Tensor | None = None,
         stop: Tensor | None = None,
         taken: Sequence[KeyRange] = (),
+        page_size: int = 1,
+        origin: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The best-scored candidates of each row; of equal scores the lower index wins.
 
@@ -58,15 +60,21 @@ class Ops:
             capacity: Entries per row in the result.
             count: How many to choose per row, int32 broadcastable to ``(batch, heads, query_len)``, at most
                 ``capacity``; None = ``capacity``.
-            start: First candidate per row, int32 ``(batch | 1, heads | 1, query_len | 1)``; None = 0.
-            stop: One past the last candidate per row, likewise; None = all.
-            taken: Ranges whose members are no candidates.
+            start: First candidate key per row, int32 ``(batch | 1, heads | 1, query_len | 1)``;
+                None = 0.
+            stop: One past the last candidate key per row, likewise; None = all.
+            taken: Ranges whose members are no candidates; only where candidates are keys.
+            page_size: Keys per candidate; a page is a candidate if any of its keys lies inside the
+                limits.
+            origin: Key index of page 0 per sequence, int32 ``(batch | 1,)``; None = 0.
 
         Returns:
             int32 indices ``(batch, heads, query_len, capacity)``, the chosen ones first and -1 after them, and
             how many were chosen, int32 ``(batch, heads, query_len)``. The order of the chosen is not promised.
         """
         candidates = scores.shape[-1]
+        if page_size > 1:
+            start, stop = self._page_limits(start, stop, page_size, origin)
         scores = self._hide(scores, start, stop, taken)
         width = min(capacity, candidates)
         values, indices = scores.topk(width, dim=-1)
@@ -90,6 +98,18 @@ class Ops:
         if width < capacity:
             indices = torch.nn.functional.pad(indices, (0, capacity - width), value=-1)
         return indices, chosen
+
+    @staticmethod
+    def _page_limits(
+        start: Tensor | None, stop: Tensor | None, page_size: int, origin: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """First page with a key inside the limits, and one past the last."""
+        zero = 0 if origin is None else origin.view(-1, 1, 1)
+        if start is not None:
+            start = (start - zero).div(page_size, rounding_mode="floor")
+        if stop is not None:
+            stop = (stop - zero + (page_size - 1)).div(page_size, rounding_mode="floor")
+        return start, stop
 
     @staticmethod
     def _hide(
@@ -158,8 +178,83 @@ class Ops:
         high = rows.masked_fill(~inside, float("-inf")).amax(dim=3)
         return low, high
 
+    def page_bounds_update(
+        self,
+        low: Tensor,
+        high: Tensor,
+        key: Tensor,
+        start: int | Tensor,
+        page_size: int,
+        first: Tensor | None = None,
+    ) -> None:
+        """Take new keys into page bounds, in place; the work is that of the new keys alone.
+
+        A page whose first key is among the new ones is overwritten, every other touched page is
+        widened, so that what a buffer held before does not matter. Keys before ``first`` are
+        ignored.
+
+        Args:
+            low: Page minima ``(batch, kv_heads, pages, head_dim)``, with room for the new keys.
+            high: Page maxima, likewise.
+            key: New keys ``(batch, kv_heads, new, head_dim)``.
+            start: Key index of the first of them; an int32 tensor ``(1,)`` under graph capture.
+            page_size: Keys per page.
+            first: Key index of the start of page 0 per sequence, int ``(batch | 1,)``; None = 0.
+        """
+        if isinstance(start, int) and (first is None or first.device.type == "cpu"):
+            origins = [0] if first is None else first.tolist()
+            for index, origin in enumerate(origins):
+                part = slice(index, index + 1) if len(origins) > 1 else slice(None)
+                self._widen(low[part], high[part], key[part], start - origin, page_size)
+            return
+        new, pages = key.shape[2], low.shape[2]
+        touched = min(pages, (new - 1 + page_size - 1) // page_size + 1)
+        begin = start - (0 if first is None else first.long())
+        begin = torch.as_tensor(begin, device=key.device).view(-1, 1)
+        position = begin + torch.arange(new, device=key.device)
+        window = (begin.clamp(min=0) // page_size).clamp(max=pages - touched)
+        page = window + torch.arange(touched, device=key.device)
+        fresh = (page * page_size >= begin) & (page * page_size < begin + new)
+        slot = (position.clamp(min=0) // page_size - window).view(-1, 1, new, 1)
+        ignored = (position < 0).view(-1, 1, new, 1)
+        shape = (*key.shape[:2], touched, key.shape[3])
+        page = page.view(-1, 1, touched, 1).expand(shape)
+        fresh = fresh.view(-1, 1, touched, 1)
+        slot = slot.expand(key.shape)
+        for bound, fill, how in ((low, float("inf"), "amin"), (high, float("-inf"), "amax")):
+            part_bound = bound.gather(2, page).masked_fill(fresh, fill)
+            part_bound.scatter_reduce_(2, slot, key.masked_fill(ignored, fill), how)
+            bound.scatter_(2, page, part_bound)
+
+    @staticmethod
+    def _widen(low: Tensor, high: Tensor, key: Tensor, start: int, page_size: int) -> None:
+        """`page_bounds_update` for sequences with one first real key; positions count from it."""
+        if start < 0:
+            key = key[:, :, -start:]
+            start = 0
+        done = 0
+        while done < key.shape[2]:
+            page, inside = divmod(start + done, page_size)
+            whole = 0 if inside else (key.shape[2] - done) // page_size
+            if whole:
+                body = key[:, :, done : done + whole * page_size].unflatten(2, (whole, page_size))
+                low[:, :, page : page + whole] = body.amin(dim=3)
+                high[:, :, page : page + whole] = body.amax(dim=3)
+                done += whole * page_size
+                continue
+            rows = key[:, :, done : done + page_size - inside]
+            least, most = rows.amin(dim=2), rows.amax(dim=2)
+            low[:, :, page] = torch.minimum(low[:, :, page], least) if inside else least
+            high[:, :, page] = torch.maximum(high[:, :, page], most) if inside else most
+            done += rows.shape[2]
+
     def page_scores(
-        self, query: Tensor, low: Tensor, high: Tensor, reduction: str = "none"
+        self,
+        query: Tensor,
+        low: Tensor,
+        high: Tensor,
+        reduction: str = "none",
+        bits: int = 16,
     ) -> Tensor:
         """Upper bound of ``q . k`` over each page: ``sum_d max(q_d low_d, q_d high_d)``.
 
@@ -168,6 +263,7 @@ class Ops:
             low: Page minima ``(batch, kv_heads, pages, head_dim)``.
             high: Page maxima, likewise.
             reduction: How the query heads of a KV group share their scores: none, sum, mean or max.
+            bits: Below 16, the bounds of each page are first rounded to that many bits.
 
         Returns:
             float32 ``(batch, heads, query_len, pages)``, or ``(batch, kv_heads, query_len, pages)`` when reduced.
@@ -175,7 +271,9 @@ class Ops:
         batch, heads, query_len, head_dim = query.shape
         kv_heads = low.shape[1]
         group = heads // kv_heads
-        rows = query.float().view(batch, kv_heads, group, query_len, head_dim)
+        rows = query.float().reshape(batch, kv_heads, group, query_len, head_dim)
+        if bits < 16:
+            low, high = round_to_bits(low.float(), bits), round_to_bits(high.float(), bits)
         if reduction in ("sum", "mean"):
             # max(q l, q h) = relu(q) h + min(q, 0) l is linear in (relu(q), min(q, 0)): reduce those first
             factor = 1.0 if reduction == "sum" else 1.0 / group
@@ -188,6 +286,17 @@ class Ops:
             return scores
         scores = scores.view(batch, kv_heads, group, query_len, low.shape[2])
         return scores.amax(dim=2) if reduction == "max" else scores.flatten(1, 2)
+
+
+def round_to_bits(tensor: Tensor, bits: int) -> Tensor:
+    """Round each vector of the last dimension to ``2**bits`` levels from its minimum to its maximum.
+
+    The asymmetric quantisation of label caches, applied and undone: float in, float out.
+    """
+    low, high = tensor.amin(-1, keepdim=True), tensor.amax(-1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    step = torch.where(step > 0, step, 1.0)
+    return torch.round((tensor - low) / step) * step + low
 
 
 def _by_value_then_index(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:

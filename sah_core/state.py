@@ -12,6 +12,8 @@ import attrs
 import torch
 from torch import Tensor
 
+from sah_core.ops import REFERENCE, Ops
+
 
 @attrs.frozen
 class LayerInfo:
@@ -29,6 +31,7 @@ class LayerInfo:
         first: First real key per sequence, int32 ``(batch | 1,)``, or None without padding.
         dtype: Type of the keys.
         device: Where the keys live.
+        ops: Scoring primitives with which the state is kept up to date.
     """
 
     index: int
@@ -42,6 +45,7 @@ class LayerInfo:
     first: Tensor | None
     dtype: torch.dtype
     device: torch.device
+    ops: Ops = REFERENCE
 
 
 class State(Protocol):
