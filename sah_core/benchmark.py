@@ -42,6 +42,10 @@ class Protocol:
         return attrs.asdict(self)
 
 
+def _as_tuple(texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(texts)
+
+
 @attrs.frozen(kw_only=True)
 class Example:
     """One question about one context.
@@ -57,7 +61,7 @@ class Example:
     context: str
     question: str
     answer_prefix: str = ""
-    references: tuple[str, ...] = attrs.field(converter=tuple)
+    references: tuple[str, ...] = attrs.field(converter=_as_tuple)
     """Accepted answers; how several of them count is the benchmark's metric."""
     max_new_tokens: int
     """Room for the answer, in tokens, as the benchmark prescribes."""

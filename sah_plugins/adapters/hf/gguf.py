@@ -59,7 +59,7 @@ def converted_folder(path: Path) -> Path:
 def _make(path: Path, digest: str, folder: Path) -> None:
     # Holding the lock, so whatever unfinished folder lies here is of a process that was killed.
     for leftover in folder.parent.glob(f"{folder.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     building.mkdir()
     _log.info("converting %s once, into %s", path.name, folder)
@@ -70,10 +70,17 @@ def _make(path: Path, digest: str, folder: Path) -> None:
         if folder.exists():
             damaged = folder.with_name(f"{folder.name}.{os.getpid()}.old.tmp")
             os.replace(folder, damaged)
-            shutil.rmtree(damaged, ignore_errors=True)
+            _remove(damaged)
         os.replace(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _convert(path: Path, folder: Path) -> None:
