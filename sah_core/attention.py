@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sah_core.allowed import Allowed
 from sah_core.backend import Backend, Problem
-from sah_core.errors import UnsupportedError
+from sah_core.errors import ParameterError, UnsupportedError
 from sah_core.hookspecs import PROJECT, ObserverSpec
 from sah_core.inputs import Inputs, Phase
 from sah_core.mask import Mask
@@ -134,8 +134,9 @@ class Session:
         observers: Objects with observer hooks; without any, nothing is paid for them.
 
     Attributes:
-        phase: Phase of the coming calls; None infers it from the shapes: all keys new is a prefill, one new key is
-            decoding, anything between is a question.
+        phase: Phase of the coming calls; None infers it: inside a request the first forward pass after
+            `start_question` and every pass of several rows are the question; outside one, all keys new is a
+            prefill, one new key is decoding, anything between is a question.
         length: Valid keys as a device tensor, set under graph capture only.
         observer_seconds: Time spent in observers, to be left out of timings.
         fallbacks: Backends that refused, each reason once.
@@ -150,10 +151,13 @@ class Session:
         backend: str | None = None,
         observers: Sequence[object] = (),
     ) -> None:
+        check_layers(pipeline, len(layer_types))
         self.pipeline = pipeline
         self.layer_types = tuple(layer_types)
         self.requested = backend or pipeline.backend
         self.phase: Phase | None = None
+        self._passes: int | None = None
+        self._last_layer = -1
         self.length: Tensor | None = None
         self.request_state: dict[Any, Any] = {}
         self.layers: dict[int, LayerState] = {}
@@ -213,7 +217,10 @@ class Session:
         """
         key_len = key.shape[2] if self.length is None else None
         layer_type = self.layer_types[layer] if layer < len(self.layer_types) else "full_attention"
-        phase = self.phase or infer_phase(query.shape[2], key.shape[2])
+        if layer <= self._last_layer and self._passes is not None:
+            self._passes += 1
+        self._last_layer = layer
+        phase = self.phase or self.infer_phase(query.shape[2], key.shape[2])
         inputs = Inputs(
             query=query,
             key=key,
@@ -258,6 +265,18 @@ class Session:
                 backend=backend.name,
             )
         return output
+
+    def start_question(self) -> None:
+        """The context is complete: the next forward pass is a question, whatever its length."""
+        self.phase = None
+        self._passes = 0
+        self._last_layer = len(self.layer_types)
+
+    def infer_phase(self, query_len: int, key_len: int) -> Phase:
+        """The phase of a call whose phase was not set."""
+        if self._passes is not None:
+            return "question" if self._passes == 1 or query_len > 1 else "decode"
+        return infer_phase(query_len, key_len)
 
     def mask_for(self, inputs: Inputs, states: Mapping[int, Any]) -> Mask:
         """The pipeline's mask; leading steps that depend on positions alone run once per forward pass."""
@@ -427,6 +446,16 @@ class Session:
                 fallback.reason,
                 fallback.used,
             )
+
+
+def check_layers(pipeline: Pipeline, count: int) -> None:
+    """Refuse layer indices that the model does not have."""
+    for option in ("dense_layers", "layers"):
+        for layer in getattr(pipeline, option) or ():
+            if layer >= count:
+                raise ParameterError(
+                    "Pipeline", option, layer, f"layer indices below {count}, the model's layers"
+                )
 
 
 def candidates(requested: str, made: dict[str, Backend]) -> list[str]:

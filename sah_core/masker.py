@@ -97,5 +97,4 @@ class Masker:
     def __or__(self, other: Masker | Pipeline) -> Pipeline:
         from sah_core.pipeline import Pipeline
 
-        steps = other.steps if isinstance(other, Pipeline) else (other,)
-        return Pipeline.of(self, *steps)
+        return Pipeline.of(self) | other

@@ -1,0 +1,437 @@
+"""The one place that knows transformers' attention interface and cache internals.
+
+Nothing of transformers is imported before a function here is called.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sah_core.allowed import Allowed
+from sah_core.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from sah_core.attention import Session
+
+IMPLEMENTATION = "sah"
+"""Name under which attention and mask function are registered, always both."""
+
+SEMANTIC_ARGUMENTS = ("position_bias", "indices", "block_indices", "sinks", "cu_seq_lens_q")
+"""Arguments of an attention call that change its meaning and that are not understood here."""
+
+
+def register(attention: Callable[..., tuple[Tensor, None]]) -> None:
+    """Register the attention function together with the mask function `limits`.
+
+    With an attention function alone, transformers would drop causality without a word.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, limits)
+
+
+def limits(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **others: Any,
+) -> Allowed:
+    """transformers' mask function, giving structure instead of a tensor where the mask is an interval per row."""
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    running = capture_of_thread()
+    if running is not None:
+        return running.limits
+    window = None
+    structured = mask_function is None or mask_function is causal_mask_function
+    if not structured and local_size is not None and not use_vmap and mask_function is not None:
+        structured = is_sliding_window(mask_function, local_size, device)
+        window = local_size
+    if not structured:
+        dense = sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+            **others,
+        )
+        return Allowed.from_dense(dense)
+    first, keep = padding_structure(attention_mask, kv_length, kv_offset)
+    allowed = Allowed.causal(
+        q_length,
+        kv_length,
+        device=device,
+        first=first,
+        window=window,
+        offset=int(q_offset) - int(kv_offset),
+    )
+    if keep is None:
+        return allowed
+    return Allowed(allowed.start, allowed.stop, allowed.first, keep)
+
+
+def padding_structure(
+    attention_mask: Tensor | None, kv_length: int, kv_offset: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """First real key per sequence, and the mask itself if it is more than left padding; both None without any."""
+    if attention_mask is None:
+        return None, None
+    real = attention_mask.to(torch.bool)
+    missing = kv_length + int(kv_offset) - real.shape[-1]
+    if missing > 0:
+        real = torch.nn.functional.pad(real, (0, missing))
+    real = real[:, int(kv_offset) : int(kv_offset) + kv_length]
+    if bool(real.all()):
+        return None, None
+    first = real.to(torch.uint8).argmax(-1).to(torch.int32)
+    first = torch.where(real.any(-1), first, kv_length)
+    position = torch.arange(kv_length, device=real.device)
+    if bool((real == (position >= first.unsqueeze(-1))).all()):
+        return first, None
+    return first, real[:, None, None, :]
+
+
+def is_sliding_window(
+    mask_function: Callable[..., Any], size: int, device: torch.device | str
+) -> bool:
+    """Whether a mask function of a local layer is a causal sliding window (and not, say, chunked)."""
+
+    def ask(query: int, key: int) -> bool:
+        index = [torch.tensor(i, device=device) for i in (0, 0, query, key)]
+        return bool(mask_function(*index))
+
+    if size < 2:
+        return False
+    inside = ask(size, size) and ask(size, 1) and ask(2 * size - 1, size) and ask(2 * size, size + 1)
+    return inside and not ask(size, 0) and not ask(2 * size, size) and not ask(1, 2)
+
+
+def as_allowed(mask: Any, query_len: int, key: Tensor) -> Allowed:
+    """What an attention function got as its mask, as limits."""
+    if isinstance(mask, Allowed):
+        return mask
+    key_len = key.shape[2]
+    if mask is None:
+        return Allowed.causal(query_len, key_len, device=key.device)
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        mask = mask[..., :key_len]
+        keep = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return Allowed.from_dense(keep)
+    raise UnsupportedError(what=f"an attention mask of type {type(mask).__name__}", reason="not known")
+
+
+# Models
+
+
+def text_config(model: Any) -> Any:
+    """The configuration of the language model inside a model."""
+    getter = getattr(model.config, "get_text_config", None)
+    return model.config if getter is None else getter(decoder=True)
+
+
+def layer_types(model: Any) -> tuple[str, ...]:
+    """Attention type of every layer: ``full_attention``, ``sliding_attention``, ``linear_attention``, ..."""
+    config = text_config(model)
+    types = getattr(config, "layer_types", None)
+    if types:
+        return tuple(types)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        return ("sliding_attention",) * int(config.num_hidden_layers)
+    return ("full_attention",) * int(config.num_hidden_layers)
+
+
+def attention_modules(model: Any) -> list[Any]:
+    """The modules whose attention calls reach the interface: those that know their layer."""
+    return [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+
+
+def check_supported(model: Any) -> None:
+    """Refuse models whose attention does not go through the attention interface.
+
+    Raises:
+        UnsupportedError: With the class of the model.
+    """
+    if not getattr(model, "_supports_attention_backend", True):
+        raise UnsupportedError(
+            what=f"model class {type(model).__name__}",
+            reason="its attention does not go through transformers' attention interface",
+        )
+
+
+def implementation(model: Any) -> str:
+    """The attention implementation that a model uses now."""
+    return str(model.config._attn_implementation)
+
+
+@cache
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """Name under which ``forward`` takes the cache: ``cache`` in newer transformers, else ``past_key_values``."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+# The KV cache
+
+
+@cache
+def _preallocated_layer() -> type[Any]:
+    from transformers.cache_utils import DynamicLayer
+
+    class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
+        """A cache layer that writes into a buffer taken ahead; its keys and values are views of the filled part.
+
+        Appending copies the new tokens and nothing else, a snapshot is a length. One live branch at a time.
+        """
+
+        def __init__(self, capacity: int) -> None:
+            super().__init__()
+            self.capacity = capacity
+            self.length = 0
+            self.key_buffer: Tensor | None = None
+            self.value_buffer: Tensor | None = None
+            self.position: Tensor | None = None
+
+        def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.is_initialized = True
+
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
+            """Write the new tokens behind the cached ones; returns all of them."""
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            if self.position is not None:
+                assert self.key_buffer is not None
+                assert self.value_buffer is not None
+                self.key_buffer.index_copy_(2, self.position, key_states)
+                self.value_buffer.index_copy_(2, self.position, value_states)
+                return self.key_buffer, self.value_buffer
+            end = self.length + key_states.shape[2]
+            self.key_buffer = self._room(self.key_buffer, key_states, end)
+            self.value_buffer = self._room(self.value_buffer, value_states, end)
+            self.key_buffer[:, :, self.length : end] = key_states
+            self.value_buffer[:, :, self.length : end] = value_states
+            self.set_length(end)
+            return self.keys, self.values
+
+        def _room(self, buffer: Tensor | None, like: Tensor, end: int) -> Tensor:
+            if buffer is not None and end <= buffer.shape[2]:
+                return buffer
+            room = self.capacity if buffer is None else 2 * buffer.shape[2]
+            shape = (like.shape[0], like.shape[1], max(end, room), like.shape[3])
+            fresh = like.new_empty(shape)
+            if buffer is not None:
+                fresh[:, :, : self.length] = buffer[:, :, : self.length]
+            return fresh
+
+        def set_length(self, length: int) -> None:
+            """Keep the first ``length`` tokens."""
+            self.length = length
+            if self.key_buffer is not None and self.value_buffer is not None:
+                self.keys = self.key_buffer[:, :, :length]
+                self.values = self.value_buffer[:, :, :length]
+
+        def get_seq_length(self) -> int:
+            return self.length
+
+        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+            if self.position is not None:
+                assert self.key_buffer is not None
+                return self.key_buffer.shape[2], 0
+            return self.length + query_length, 0
+
+        def crop(self, tokens_to_remove: int) -> None:
+            self.set_length(self.length - abs(tokens_to_remove))
+
+        def reset(self) -> None:
+            self.set_length(0)
+
+        def _rewrite(self, keys: Tensor, values: Tensor) -> None:
+            length, self.length = self.length, 0
+            self.key_buffer = self.value_buffer = None
+            self.capacity = max(self.capacity, length)
+            self.update(keys, values)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            if self.length:
+                index = beam_idx.to(self.keys.device)
+                self._rewrite(self.keys.index_select(0, index), self.values.index_select(0, index))
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            if self.length:
+                self._rewrite(
+                    self.keys.repeat_interleave(repeats, dim=0),
+                    self.values.repeat_interleave(repeats, dim=0),
+                )
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            if self.length:
+                self._rewrite(self.keys[indices, ...], self.values[indices, ...])
+
+    return PreallocatedLayer
+
+
+def make_cache(model: Any, capacity: int) -> Any:
+    """A KV cache for a request: full-attention layers are preallocated, the others as the model needs them.
+
+    Args:
+        model: The model whose configuration says what the layers are.
+        capacity: Tokens to take room for; the buffers grow by doubling beyond that.
+
+    Raises:
+        UnsupportedError: For a cache layer class that is not known here.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    made = DynamicCache(config=text_config(model))
+    for index, layer in enumerate(made.layers):
+        if type(layer) is DynamicLayer:
+            made.layers[index] = _preallocated_layer()(capacity)
+        elif kind_of(layer) is None:
+            raise UnsupportedError(
+                what=f"cache layer {type(layer).__name__} of {type(model).__name__}",
+                reason="how to take it back to an earlier state is not known",
+            )
+    return made
+
+
+def kind_of(layer: Any) -> str | None:
+    """How a cache layer is snapshotted: by ``length``, by ``reference``, by ``copy``; None if unknown."""
+    from transformers import cache_utils
+
+    if isinstance(layer, _preallocated_layer()):
+        return "length"
+    if type(layer) in (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer):
+        return "reference"
+    in_place = ("LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer", "DummyLayer")
+    return "copy" if type(layer).__name__ in in_place else None
+
+
+def snapshot_cache(kv_cache: Any) -> list[Any]:
+    """Remember the state of a cache: lengths, references or copies, whatever each layer needs."""
+    tokens: list[Any] = []
+    for layer in kv_cache.layers:
+        kind = kind_of(layer)
+        if kind == "length":
+            tokens.append(layer.length)
+        elif kind == "reference":
+            tokens.append(copy.copy(layer))
+        elif kind == "copy":
+            tokens.append(copy.deepcopy(layer))
+        else:
+            raise UnsupportedError(
+                what=f"cache layer {type(layer).__name__}",
+                reason="how to take it back to an earlier state is not known",
+            )
+    return tokens
+
+
+def restore_cache(kv_cache: Any, tokens: list[Any]) -> None:
+    """Take a cache back to a snapshot; the snapshot stays valid."""
+    for index, token in enumerate(tokens):
+        layer = kv_cache.layers[index]
+        kind = kind_of(layer)
+        if kind == "length":
+            layer.set_length(token)
+        elif kind == "reference":
+            kv_cache.layers[index] = copy.copy(token)
+        else:
+            kv_cache.layers[index] = copy.deepcopy(token)
+
+
+def cached_tensors(kv_cache: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Layer index, keys and values of every layer that caches keys as attention sees them."""
+    for index, layer in enumerate(kv_cache.layers):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.numel():
+            yield index, keys, layer.values
+
+
+# Graph capture
+
+
+class Capture:
+    """A decode step whose lengths live on the device.
+
+    Attributes:
+        limits: What the one query row may attend; its tensors are updated between replays.
+        length: Valid keys, the new one included, int32 ``(1,)``.
+    """
+
+    def __init__(self, limits: Allowed, length: Tensor) -> None:
+        self.limits = limits
+        self.length = length
+
+
+_CAPTURES: list[Capture] = []
+
+
+def capture_of_thread() -> Capture | None:
+    """The capture that is running now, or None."""
+    return _CAPTURES[-1] if _CAPTURES else None
+
+
+def call_arguments(kwargs: dict[str, Any]) -> tuple[float | None, Tensor | None]:
+    """Softcap and learned sinks of an attention call.
+
+    Raises:
+        UnsupportedError: If the call carries an argument that changes its meaning and is not understood.
+    """
+    for name in SEMANTIC_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(
+                what=f"attention argument {name!r}", reason="this kind of attention is not known"
+            )
+    return kwargs.get("softcap"), kwargs.get("s_aux")
+
+
+def run_attention(
+    session: Session,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Translate one call of the attention interface into one call of a session."""
+    softcap, sinks = call_arguments(kwargs)
+    allowed = as_allowed(mask, query.shape[2], key)
+    if scaling is None:
+        scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+    return session.attend(
+        module.layer_idx,
+        query,
+        key,
+        value,
+        allowed,
+        float(scaling),
+        softcap=softcap,
+        sinks=sinks,
+    )

@@ -1,0 +1,105 @@
+"""Attaching a pipeline to a transformers model, and taking it off again.
+
+Attention and mask function are registered once, under one name. Attaching switches the model to that name and
+notes which session its attention modules belong to; leaving the context restores both, whatever happened inside.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sah_core import compat
+from sah_core.attention import Session
+from sah_core.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_sessions: dict[int, Session] = {}
+_modules: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+_bystander: list[Session] = []
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function behind transformers' attention interface.
+
+    A model that merely shares its configuration object with an attached one ends up here too; it runs dense.
+    """
+    session = _sessions.get(id(module))
+    if session is None:
+        if not _bystander:
+            _bystander.append(Session(Pipeline.dense(), ()))
+        session = _bystander[0]
+    output = compat.run_attention(
+        session, module, query, key, value, attention_mask, scaling, kwargs
+    )
+    return output, None
+
+
+@contextmanager
+def attach(
+    model: Any,
+    pipeline: Pipeline | str,
+    *,
+    backend: str | None = None,
+    observers: Sequence[object] = (),
+) -> Iterator[Session]:
+    """Run a model's attention through a pipeline for the duration of a ``with`` block.
+
+    The model is restored on every exit, errors and Ctrl-C included. Blocks may be nested; the innermost one of a
+    model counts. For the pipeline ``dense`` nothing is patched.
+
+    Args:
+        model: A transformers causal language model.
+        pipeline: The pipeline, or its text.
+        backend: Backend for sparse calls; the pipeline's when None.
+        observers: Objects with observer hooks.
+
+    Yields:
+        The session, whose ``phase`` may be set where shapes do not tell it (a prefill in chunks).
+
+    Raises:
+        UnsupportedError: If the model's attention does not go through the attention interface.
+    """
+    parsed = Pipeline.parse(pipeline)
+    session = Session(parsed, compat.layer_types(model), backend=backend, observers=observers)
+    with use(model, session):
+        yield session
+
+
+@contextmanager
+def use(model: Any, session: Session) -> Iterator[Session]:
+    """Attach an existing session, which keeps its state from block to block."""
+    if session.pipeline.is_dense and session.hook is None:
+        yield session
+        return
+    compat.check_supported(model)
+    compat.register(attention)
+    modules = _modules.get(model)
+    if modules is None:
+        modules = _modules[model] = [id(m) for m in compat.attention_modules(model)]
+    previous = {module: _sessions.get(module) for module in modules}
+    before = compat.implementation(model)
+    try:
+        _sessions.update(dict.fromkeys(modules, session))
+        model.set_attn_implementation(compat.IMPLEMENTATION)
+        yield session
+    finally:
+        for module, earlier in previous.items():
+            if earlier is None:
+                _sessions.pop(module, None)
+            else:
+                _sessions[module] = earlier
+        model.set_attn_implementation(before)

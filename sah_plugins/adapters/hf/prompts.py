@@ -1,0 +1,141 @@
+"""From a request to token ids: one tokenisation of the whole prompt, and where the context ends in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from sah_core.errors import ContextTooLongError, RequestError
+from sah_core.requests import Request, Truncation
+
+
+@attrs.frozen
+class Prompt:
+    """The tokens of one question's prompt.
+
+    Attributes:
+        ids: Token ids of the whole prompt, tokenised in one go.
+        context_tokens: How many leading tokens lie inside the context (template head and BOS included).
+    """
+
+    ids: tuple[int, ...]
+    context_tokens: int
+
+
+def build_prompts(
+    request: Request,
+    tokenizer: Any,
+    *,
+    max_context_length: int | None = None,
+    truncation: Truncation | None = None,
+    chat: bool | None = None,
+) -> list[Prompt]:
+    """The prompts of a request, one per question.
+
+    Args:
+        request: What is asked.
+        tokenizer: A transformers tokenizer.
+        max_context_length: Tokens of context to keep, or None.
+        truncation: Overrides the request's.
+        chat: Overrides the request's.
+
+    Raises:
+        ContextTooLongError: If the context is longer than ``max_context_length`` and may not be cut.
+        RequestError: If the chat template does not exist, or does not contain the context as it is.
+    """
+    chat = request.chat if chat is None else chat
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise RequestError("the tokenizer has no chat template; use chat=False")
+    chat = has_template if chat is None else chat
+    if request.system is not None and not chat:
+        raise RequestError("a system message needs a chat template")
+    policy = truncation or request.truncation or "middle"
+    context = cut_context(request.context, tokenizer, max_context_length, policy)
+    return [
+        build_prompt(request, context, question, prefix, tokenizer, chat)
+        for question, prefix in zip(request.question_list, request.prefixes, strict=True)
+    ]
+
+
+def cut_context(context: str, tokenizer: Any, limit: int | None, policy: Truncation) -> str:
+    """The context cut to ``limit`` tokens, at character positions of token borders."""
+    if limit is None or not context:
+        return context
+    spans = encode(tokenizer, context, special=False)[1]
+    if len(spans) <= limit:
+        return context
+    if policy == "none":
+        raise ContextTooLongError(len(spans), limit, "max_context_length")
+    head = limit if policy == "head" else limit // 2
+    tail = limit - head
+    start = context[: spans[head - 1][1]] if head else ""
+    return start + (context[spans[len(spans) - tail][0] :] if tail else "")
+
+
+def build_prompt(
+    request: Request, context: str, question: str, prefix: str, tokenizer: Any, chat: bool
+) -> Prompt:
+    """Tokenise one prompt as a whole and find the last token that lies inside the context."""
+    separator = request.separator if context else ""
+    body = context + separator + question
+    if chat:
+        messages = [{"role": "user", "content": body}]
+        if request.system is not None:
+            messages.insert(0, {"role": "system", "content": request.system})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        begin, shift = find_body(text, body)
+        end = begin + max(0, len(context) - shift)
+        text += prefix
+    else:
+        text = body + (request.separator if prefix else "") + prefix
+        end = len(context)
+    bos = getattr(tokenizer, "bos_token", None)
+    ids, spans = encode(tokenizer, text, special=not (bos and text.startswith(bos)))
+    inside = 0
+    for _, stop in spans:
+        if stop > end:
+            break
+        inside += 1
+    return Prompt(tuple(ids), inside if context else 0)
+
+
+def find_body(text: str, body: str) -> tuple[int, int]:
+    """Where the user's text starts in the rendered template, and how many leading characters it lost there."""
+    for candidate in (body, body.rstrip(), body.strip()):
+        at = text.rfind(candidate)
+        if at >= 0:
+            lost = len(body) - len(body.lstrip()) if candidate == body.strip() else 0
+            return at, 0 if candidate == body else lost
+    raise RequestError("the chat template changes the context; use chat=False")
+
+
+def encode(tokenizer: Any, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids and the character span of each; at most one BOS.
+
+    Tokenizers without offsets (not the fast kind) get spans from decoding ever longer prefixes.
+    """
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    made = tokenizer(text, add_special_tokens=special, return_offsets_mapping=fast, verbose=False)
+    ids = list(made["input_ids"])
+    if fast:
+        spans = [(int(a), int(b)) for a, b in made["offset_mapping"]]
+    else:
+        spans, at = [], 0
+        for index in range(len(ids)):
+            end = len(tokenizer.decode(ids[: index + 1], skip_special_tokens=True))
+            spans.append((at, max(at, end)))
+            at = max(at, end)
+    bos, eos = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
+    while len(ids) > 1 and bos is not None and ids[0] == ids[1] == bos:
+        ids, spans = ids[1:], spans[1:]
+    if (
+        special
+        and eos is not None
+        and ids
+        and ids[-1] == eos
+        and not text.endswith(str(tokenizer.eos_token))
+    ):
+        ids, spans = ids[:-1], spans[:-1]  # an EOS that the tokenizer adds would end the prompt
+    return ids, spans
