@@ -114,7 +114,7 @@ def _facts(kind: Kind[Any], name: str) -> dict[str, Any]:
 
     entry = kind.entry(name)
     plugin = kind[name]
-    facts = {
+    facts: dict[str, Any] = {
         "kind": entry.kind,
         "name": entry.name,
         "distribution": entry.distribution,

@@ -1,10 +1,11 @@
 """Golden cases of maskers and backends: expected selections and outputs, computed from the papers.
 
-A case is a safetensors file. Its tensors are ``query`` ``(batch, heads, query_len, head_dim)``, ``key`` and
-``value`` ``(batch, kv_heads, key_len, ...)``, ``keep`` ``(batch, 1, query_len, key_len)`` bool (True = may be
-attended), and what is expected: ``probability`` ``(batch, heads, query_len, key_len)`` and ``output`` ``(batch,
-heads, query_len, value_dim)``. Its metadata names the ``pipeline`` (JSON: maskers and their parameters), the
-``scaling`` and the layer, ``layer_idx``. The masker ``given`` stands for the tensor of that name: a literal mask.
+A case is a safetensors file. Its tensors are ``query`` ``(batch, heads, query_len, head_dim)``,
+``key`` and ``value`` ``(batch, kv_heads, key_len, ...)``, ``keep`` ``(batch, 1, query_len,
+key_len)`` bool (True = may be attended), and what is expected: ``probability`` ``(batch, heads,
+query_len, key_len)`` and ``output`` ``(batch, heads, query_len, value_dim)``. Its metadata names
+the ``pipeline`` (JSON: maskers and their parameters), the ``scaling`` and the layer, ``layer_idx``.
+The masker ``given`` stands for the tensor of that name: a literal mask.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ PROBABILITY_TOLERANCE = 1e-6
 OUTPUT_TOLERANCE = 1e-5
 
 DEFAULTS: dict[str, Any] = {"group_reduction": "none", "label_bits": 16}
-"""What a parameter means that a case leaves out, where a masker declares it with another default."""
+"""The values of parameters that a case leaves out, whatever the default of the masker."""
 
 _UNUSABLE = (UnknownPluginError, PluginDisabledError, PluginConflictError, BrokenPluginError)
 _TENSORS = ("query", "key", "value", "keep", "probability", "output")
@@ -257,7 +258,9 @@ def _mask_difference(case: Case, mask: Mask, inputs: Inputs) -> str | None:
         rows = int(wrong.any(-1).sum())
         extra, missing = int((wrong & (actual > 0)).sum()), int((wrong & (expected > 0)).sum())
         where = _place(wrong)
-        return f"selection: {extra} keys too many, {missing} missing in {rows} rows, first at {where}"
+        return (
+            f"selection: {extra} keys too many, {missing} missing in {rows} rows, first at {where}"
+        )
     error = (actual - expected).abs()
     if float(error.max()) > PROBABILITY_TOLERANCE:
         where = _place(error > PROBABILITY_TOLERANCE)

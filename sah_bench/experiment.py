@@ -1,0 +1,470 @@
+"""Experiments: what to run, read from a YAML file and flags and checked before anything is loaded.
+
+models: [smollm2-135m]
+pipelines:
+  - dense
+  - {name: streaming, steps: "sink(128) | local(128)"}
+benchmarks:
+  - niah: {lengths: [4096], samples: 3}
+limit: 20
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+
+from sah_core import registry
+from sah_core.errors import (
+    ExperimentError,
+    OutputFolderError,
+    PipelineSyntaxError,
+    SahError,
+    nearest_names,
+    short_repr,
+)
+
+if TYPE_CHECKING:
+    from sah_core.benchmark import Benchmark
+    from sah_core.pipeline import Pipeline
+
+T = TypeVar("T")
+
+KEYS = {
+    "models": "--model",
+    "pipelines": "--pipeline",
+    "benchmarks": "--benchmark",
+    "tasks": "--task",
+    "limit": "--limit",
+    "max_context_length": "--max-context-length",
+    "max_new_tokens": "--max-new-tokens",
+    "seed": "--seed",
+    "dtype": "--dtype",
+    "device": "--device",
+    "backend": "--backend",
+    "output": "--output",
+    "generation": None,
+    "metrics": "--metric",
+    "adapter": "--adapter",
+}
+"""The keys of an experiment file, and the flag that says the same."""
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+@attrs.frozen(kw_only=True)
+class BenchmarkPlan:
+    """A benchmark and the tasks of it that are to run."""
+
+    benchmark: Benchmark
+    tasks: tuple[str, ...]
+
+
+@attrs.frozen(kw_only=True)
+class Experiment:
+    """Everything that a run needs to know, resolved.
+
+    Attributes:
+        models: Names of models, as an adapter takes them.
+        pipelines: The pipelines, all different.
+        benchmarks: The benchmarks with their tasks.
+        adapter: Registered name of the adapter.
+        metrics: Registered names of the observers whose results are kept per sample.
+        seed: Seed of the examples, and of sampled generation.
+        limit: The most examples per task; None for all.
+        max_context_length: The most tokens of a prompt; a longer one is cut as the benchmark says.
+        max_new_tokens: Replaces what the benchmark prescribes; None leaves it.
+        dtype: Of the weights; None leaves it to the adapter.
+        device: Where the model runs; None leaves it to the adapter.
+        generation: Further generation arguments of the adapter.
+        output: The folder of the results.
+    """
+
+    models: tuple[str, ...]
+    pipelines: tuple[Pipeline, ...]
+    benchmarks: tuple[BenchmarkPlan, ...]
+    adapter: str = "hf"
+    metrics: tuple[str, ...] = ()
+    seed: int = 0
+    limit: int | None = None
+    max_context_length: int | None = None
+    max_new_tokens: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    generation: Mapping[str, Any] = attrs.field(factory=dict)
+    output: Path = Path("results")
+
+
+def load_document(path: str | Path) -> dict[str, Any]:
+    """Read an experiment file as plain data.
+
+    Raises:
+        ExperimentError: There is no such file, it is no YAML, or no mapping.
+    """
+    import yaml
+
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ExperimentError(str(path), "", f"cannot be read: {reason}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ExperimentError(str(path), where, f"not valid YAML: {problem}") from error
+    if not isinstance(document, dict):
+        raise ExperimentError(
+            str(path), "", f"an experiment is a mapping with keys such as {', '.join([*KEYS][:3])}"
+        )
+    return document
+
+
+def resolve(
+    document: Mapping[str, Any] | None = None,
+    *,
+    path: str = "",
+    flags: Mapping[str, Any] | None = None,
+    settings: Sequence[str] = (),
+    check_output: bool = True,
+) -> Experiment:
+    """Check an experiment as a whole, so that mistakes cost no time.
+
+    Args:
+        document: The plain data of an experiment file.
+        path: Its name in errors.
+        flags: Values by key that replace those of the document.
+        settings: Texts ``benchmark.parameter=value`` that replace parameters of benchmarks.
+        check_output: Make sure that the output folder can be written.
+
+    Raises:
+        ExperimentError: Naming the file and the place in it, or the flag.
+        OutputFolderError: The output folder cannot be written.
+    """
+    values = _Values(dict(document or {}), path, dict(flags or {}))
+    values.check_keys()
+    pipelines = _pipelines(values)
+    experiment = Experiment(
+        models=_models(values),
+        pipelines=pipelines,
+        benchmarks=_benchmarks(values, settings),
+        adapter=_plugin_name(values, "adapter", registry.adapters, "hf"),
+        metrics=_metrics(values),
+        seed=values.number("seed", minimum=0) or 0,
+        limit=values.number("limit", minimum=1),
+        max_context_length=values.number("max_context_length", minimum=1),
+        max_new_tokens=values.number("max_new_tokens", minimum=1),
+        dtype=_dtype(values),
+        device=values.text("device"),
+        generation=_generation(values),
+        output=Path(values.text("output") or "results").expanduser(),
+    )
+    if check_output:
+        check_folder(experiment.output)
+    return experiment
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder and write into it once.
+
+    Raises:
+        OutputFolderError: It cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".probe-")
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        raise OutputFolderError(str(folder), error.strerror or str(error)) from error
+
+
+@attrs.frozen
+class _Place:
+    """Where a value stands, for errors: a file and a place in it, or a flag."""
+
+    path: str
+    where: str = ""
+
+    def at(self, step: str | int) -> _Place:
+        if isinstance(step, int):
+            return _Place(self.path, f"{self.where}[{step}]" if self.where else "")
+        return _Place(self.path, f"{self.where}.{step}" if self.where else step)
+
+    def error(self, message: str) -> ExperimentError:
+        return ExperimentError(self.path, self.where, message)
+
+    @contextmanager
+    def naming_errors(self) -> Iterator[None]:
+        """Give this place to whatever error comes from inside."""
+        try:
+            yield
+        except ExperimentError:
+            raise
+        except SahError as error:
+            raise ExperimentError(self.path, self.where, str(error)) from error
+
+
+@attrs.frozen
+class _Values:
+    """The values of an experiment by key, flags before the file, each with its place."""
+
+    document: dict[str, Any]
+    path: str
+    flags: dict[str, Any]
+
+    def check_keys(self) -> None:
+        for key in self.document:
+            if key not in KEYS:
+                nearest = nearest_names(str(key), KEYS)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(KEYS)}."
+                raise _Place(self.path).error(f"unknown key {short_repr(key)}. {hint}")
+
+    def get(self, key: str) -> tuple[Any, _Place]:
+        if self.flags.get(key) is not None:
+            return self.flags[key], _Place(KEYS[key] or key)
+        return self.document.get(key), _Place(self.path, key)
+
+    def items(self, key: str) -> Iterator[tuple[Any, _Place]]:
+        """The items of a list, or the one item that stands there without a list."""
+        value, place = self.get(key)
+        if not isinstance(value, list | tuple):
+            if value is not None:
+                yield value, place
+            return
+        for index, item in enumerate(value):
+            yield item, place.at(index)
+
+    def needed(self, key: str, what: str) -> list[tuple[Any, _Place]]:
+        found = list(self.items(key))
+        if not found:
+            flag = KEYS[key]
+            where = f"{self.path} needs" if self.path else "give"
+            raise ExperimentError(
+                self.path or "sah-bench run",
+                key if self.path else "",
+                f"{where} at least one {what}: set {key!r} in the file or give {flag}.",
+            )
+        return found
+
+    def number(self, key: str, *, minimum: int) -> int | None:
+        value, place = self.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise place.error(
+                f"{short_repr(value)} is not allowed: expected an integer >= {minimum}."
+            )
+        return value
+
+    def text(self, key: str) -> str | None:
+        value, place = self.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, str) or not value:
+            raise place.error(f"{short_repr(value)} is not allowed: expected a text.")
+        return value
+
+
+def _models(values: _Values) -> tuple[str, ...]:
+    names = []
+    for value, place in values.needed("models", "model"):
+        if not isinstance(value, str) or not value:
+            raise place.error(f"{short_repr(value)} is not allowed: expected the name of a model.")
+        if any(value in (entry.name, entry.id) for entry in registry.models.entries()):
+            with place.naming_errors():
+                registry.models[value]()  # an alias finds its files now or not at all
+        names.append((value, place))
+    return _distinct(names, lambda name: name)
+
+
+def _pipelines(values: _Values) -> tuple[Pipeline, ...]:
+    from sah_core.pipeline import Pipeline
+
+    backend = _plugin_name(values, "backend", registry.backends, "auto")
+    found = []
+    for value, place in values.needed("pipelines", "pipeline"):
+        with place.naming_errors():
+            pipeline = Pipeline.parse(value)
+        if pipeline.name is not None and not isinstance(pipeline.name, str):
+            raise place.at("name").error(
+                f"{short_repr(pipeline.name)} is not allowed: expected a text."
+            )
+        if not pipeline.is_dense and pipeline.backend == "auto":
+            pipeline = attrs.evolve(pipeline, backend=backend)
+        found.append((pipeline, place))
+    return _distinct(found, lambda pipeline: pipeline.text)
+
+
+def _benchmarks(values: _Values, settings: Sequence[str]) -> tuple[BenchmarkPlan, ...]:
+    found = []
+    overrides = _overrides(settings)
+    for value, place in values.needed("benchmarks", "benchmark"):
+        name, parameters = _benchmark_call(value, place)
+        found.append((_plan(name, parameters | overrides.pop(name, {}), place), place))
+    for name in overrides:
+        raise _Place("--set").error(f"the experiment has no benchmark named {name!r}.")
+    plans = _distinct(found, lambda plan: repr(plan.benchmark))
+    return _with_tasks(plans, list(values.items("tasks")))
+
+
+def _benchmark_call(value: Any, place: _Place) -> tuple[str, dict[str, Any]]:
+    """The name and the parameters that a text such as ``niah(samples=2)`` or a mapping means."""
+    if isinstance(value, str):
+        return _parse_call(value, place)
+    if isinstance(value, dict) and len(value) == 1:
+        [(name, parameters)] = value.items()
+        if isinstance(name, str) and isinstance(parameters, dict | None):
+            return name, dict(parameters or {})
+    raise place.error(
+        f"{short_repr(value)} is no benchmark: expected a name, a text such as 'niah(samples=2)', "
+        "or a mapping such as {niah: {samples: 2}}."
+    )
+
+
+def _parse_call(text: str, place: _Place) -> tuple[str, dict[str, Any]]:
+    from sah_core.pipeline_text import parse_text
+
+    try:
+        parsed = parse_text(text)
+    except PipelineSyntaxError as error:
+        raise place.error(
+            f"benchmark {short_repr(text)}: found {error.found} at column {error.position + 1}, "
+            f"expected {error.expected}."
+        ) from error
+    step = parsed.steps[0]
+    if len(parsed.steps) > 1 or parsed.options or step.positional is not attrs.NOTHING:
+        raise place.error(
+            f"{short_repr(text)} is no benchmark: expected a name, with parameters by name if any, "
+            "such as 'niah(lengths=[1024], samples=2)'."
+        )
+    return step.name, dict(step.arguments)
+
+
+def _plan(name: str, parameters: dict[str, Any], place: _Place) -> BenchmarkPlan:
+    from sah_core.parameters import from_plain
+
+    asked = parameters.pop("tasks", None)
+    with place.naming_errors():
+        benchmark = from_plain(registry.benchmarks[name], parameters)
+        benchmark.revision()  # data that is not there is found missing now
+        known = benchmark.tasks()
+    if asked is None:
+        return BenchmarkPlan(benchmark=benchmark, tasks=known)
+    asked = asked if isinstance(asked, list) else [asked]
+    tasks = tuple(_known_task(task, known, place.at(name).at("tasks")) for task in asked)
+    return BenchmarkPlan(benchmark=benchmark, tasks=tuple(dict.fromkeys(tasks)))
+
+
+def _known_task(task: Any, known: Sequence[str], place: _Place) -> str:
+    if str(task) in known:
+        return str(task)
+    nearest = nearest_names(str(task), known)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise place.error(f"no task named {str(task)!r}. {hint}the tasks are {', '.join(known)}.")
+
+
+def _with_tasks(
+    plans: tuple[BenchmarkPlan, ...], asked: list[tuple[Any, _Place]]
+) -> tuple[BenchmarkPlan, ...]:
+    """Restrict the benchmarks to the tasks that were asked for, if any were."""
+    if not asked:
+        return plans
+    offered = list(dict.fromkeys(task for plan in plans for task in plan.tasks))
+    wanted = {_known_task(task, offered, place) for task, place in asked}
+    chosen = []
+    for plan in plans:
+        tasks = tuple(task for task in plan.tasks if task in wanted)
+        if not tasks:
+            raise asked[0][1].error(f"benchmark {plan.benchmark.name!r} has none of these tasks.")
+        chosen.append(attrs.evolve(plan, tasks=tasks))
+    return tuple(chosen)
+
+
+def _overrides(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Parameters by benchmark from texts such as ``niah.samples=2``; the values are YAML."""
+    import yaml
+
+    found: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        target, equals, text = setting.partition("=")
+        benchmark, dot, parameter = target.strip().rpartition(".")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            equals = ""
+        if not (equals and dot and benchmark and parameter):
+            raise _Place("--set").error(
+                f"{short_repr(setting)} is not allowed: expected benchmark.parameter=value, "
+                "such as niah.samples=2."
+            )
+        found.setdefault(benchmark, {})[parameter] = value
+    return found
+
+
+def _metrics(values: _Values) -> tuple[str, ...]:
+    value, _ = values.get("metrics")
+    if value is None:
+        return ("density",) if "density" in registry.metrics else ()
+    names = []
+    for name, place in values.items("metrics"):
+        with place.naming_errors():
+            registry.metrics[name]
+        names.append((name, place))
+    return _distinct(names, lambda name: name)
+
+
+def _plugin_name(values: _Values, key: str, kind: Any, default: str) -> str:
+    name, place = values.get(key)
+    if name is None or name == default:
+        return default
+    if not isinstance(name, str):
+        raise place.error(
+            f"{short_repr(name)} is not allowed: expected the name of a {kind.singular}."
+        )
+    with place.naming_errors():
+        kind.entry(name)
+    return name
+
+
+def _dtype(values: _Values) -> str | None:
+    dtype = values.text("dtype")
+    if dtype is not None and dtype not in DTYPES:
+        raise values.get("dtype")[1].error(
+            f"{dtype!r} is not allowed: expected one of {', '.join(DTYPES)}."
+        )
+    return dtype
+
+
+def _generation(values: _Values) -> dict[str, Any]:
+    value, place = values.get("generation")
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise place.error(
+            f"{short_repr(value)} is not allowed: expected a mapping of generation arguments."
+        )
+    if "max_new_tokens" in value:
+        raise place.error("max_new_tokens does not stand here: write it beside 'generation'.")
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise place.error(f"the values must be plain data: {error}.") from error
+    return dict(value)
+
+
+def _distinct(found: Sequence[tuple[T, _Place]], key: Callable[[T], str]) -> tuple[T, ...]:
+    seen: dict[str, _Place] = {}
+    for value, place in found:
+        earlier = seen.setdefault(key(value), place)
+        if earlier is not place:
+            where = f" as {earlier.where}" if earlier.where else ""
+            raise place.error(f"{short_repr(key(value))} is given twice{where}.")
+    return tuple(value for value, _ in found)

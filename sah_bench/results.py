@@ -1,0 +1,163 @@
+"""What a finished cell says: its metrics, and the row that a table shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+
+from sah_core import registry
+from sah_core.benchmark import ScoredExample, mean
+from sah_core.pipeline import Pipeline
+
+from .experiment import BenchmarkPlan, Experiment
+from .store import Cell
+
+Status = Literal["done", "failed"]
+
+
+@attrs.frozen(kw_only=True)
+class CellResult:
+    """How one cell of an experiment came out.
+
+    Attributes:
+        model: Name of the model.
+        benchmark: Name of the benchmark.
+        task: Name of the task.
+        pipeline: The pipeline's label.
+        status: ``done`` or ``failed``.
+        samples: How many samples it has.
+        main_score: Name of the score that tables show.
+        score: That score, a percentage; None if there is none.
+        density: Selected over allowed keys; None if it was not observed.
+        prefill_seconds: Mean over contexts of the time to prefill one.
+        decode_seconds: Mean over samples of the time for question and answer.
+        saving: ``none``, ``simulated`` or ``realised``.
+        message: Why it failed, on one line.
+        bad_input: It failed for what was asked, not for a fault.
+        folder: Where it lies.
+        metrics: The content of metrics.json.
+    """
+
+    model: str
+    benchmark: str
+    task: str
+    pipeline: str
+    status: Status
+    samples: int
+    main_score: str
+    score: float | None = None
+    density: float | None = None
+    prefill_seconds: float | None = None
+    decode_seconds: float | None = None
+    saving: str = "none"
+    message: str = ""
+    bad_input: bool = False
+    folder: Path
+    metrics: Mapping[str, Any] = attrs.field(factory=dict)
+
+
+def metrics_of(
+    cell: Cell,
+    experiment: Experiment,
+    plan: BenchmarkPlan,
+    task: str,
+    pipeline: Pipeline,
+    *,
+    complete: bool,
+) -> dict[str, Any]:
+    """The content of metrics.json, from the samples that are kept.
+
+    Args:
+        cell: The cell.
+        experiment: The experiment.
+        plan: The benchmark.
+        task: The task.
+        pipeline: The pipeline.
+        complete: Whether the task has no more examples than these.
+    """
+    scored = [
+        ScoredExample(id=row["id"], task=task, scores=row["scores"], facts=row["facts"])
+        for row in cell.records
+    ]
+    backends = sorted({name for row in cell.micro for name in row["backends"]})
+    return {
+        **plan.benchmark.aggregate(scored),
+        "main_score": plan.benchmark.main_score,
+        "complete": complete,
+        "micro_metrics": {
+            name: combine(registry.metrics[name], [row["metrics"][name] for row in cell.micro])
+            for name in experiment.metrics
+        },
+        "backends": backends,
+        "saving": saving(pipeline, backends),
+        "protocol": {
+            **plan.benchmark.protocol_for(task).to_plain(),
+            "sparse_phases": [] if pipeline.is_dense else sorted(pipeline.phases),
+            "max_context_length": experiment.max_context_length,
+            "max_new_tokens": experiment.max_new_tokens,
+        },
+    }
+
+
+def combine(metric: Any, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The result of a metric over all samples.
+
+    A metric class may say how, in ``combine(results) -> dict``; otherwise numbers are averaged.
+    """
+    own = getattr(metric, "combine", None)
+    if own is not None:
+        return dict(own(results))
+    names = dict.fromkeys(name for result in results for name in result)
+    numbers = {name: [r[name] for r in results if _is_number(r.get(name))] for name in names}
+    return {name: mean(values) for name, values in numbers.items() if values}
+
+
+def saving(pipeline: Pipeline, backends: Sequence[str]) -> str:
+    """Whether unselected keys were really not read: ``none``, ``simulated`` or ``realised``."""
+    if pipeline.is_dense or not backends:
+        return "none"
+    known = [registry.backends[name].realised for name in backends if name in registry.backends]
+    return "realised" if known and all(known) else "simulated"
+
+
+def result_of(
+    cell: Cell,
+    model: str,
+    plan: BenchmarkPlan,
+    task: str,
+    pipeline: Pipeline,
+    error: Mapping[str, Any] | None,
+) -> CellResult:
+    """The row of a cell, from what its folder holds."""
+    metrics = cell.metrics or {}
+    main_score = plan.benchmark.main_score
+    density = metrics.get("micro_metrics", {}).get("density", {}).get("density")
+    contexts = {
+        row["context_id"]: timing["prefill"]
+        for row, timing in zip(cell.records, cell.timings, strict=False)
+    }
+    return CellResult(
+        model=model,
+        benchmark=plan.benchmark.name,
+        task=task,
+        pipeline=pipeline.label,
+        status="failed" if error is not None else "done",
+        samples=len(cell.records),
+        main_score=main_score,
+        score=metrics.get("scores", {}).get(main_score),
+        density=density,
+        prefill_seconds=mean(contexts.values()),
+        decode_seconds=mean(timing["decode"] for timing in cell.timings),
+        saving=metrics.get("saving", "none"),
+        message="" if error is None else str(error.get("message", "")),
+        bad_input=error is not None and error.get("kind") == "input",
+        folder=cell.folder,
+        metrics=metrics,
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

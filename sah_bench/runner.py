@@ -1,0 +1,441 @@
+"""Runs an experiment: models x benchmarks x tasks, all pipelines on shared prefills."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import traceback
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+import pluggy
+
+from sah_core import registry
+from sah_core.benchmark import Example
+from sah_core.errors import SahError, one_line
+from sah_core.hookspecs import PROJECT, ObserverSpec
+from sah_core.pipeline import Pipeline
+
+from .experiment import BenchmarkPlan, Experiment
+from .identity import cell_identity, environment
+from .progress import Reporter
+from .results import CellResult, metrics_of, result_of
+from .store import Cell, Sample
+
+if TYPE_CHECKING:
+    from sah_core.requests import AnswerDetail, Request
+
+
+@attrs.define(kw_only=True, eq=False)
+class CellRun:
+    """A cell at work.
+
+    Attributes:
+        pipeline: The pipeline of the cell.
+        cell: Its folder.
+        observers: Its own instances of the experiment's metrics, by name.
+        error: Why it stopped; None while it works.
+        done: Nothing is left to do.
+    """
+
+    pipeline: Pipeline
+    cell: Cell
+    observers: dict[str, Any] = attrs.field(factory=dict)
+    error: dict[str, Any] | None = None
+    done: bool = False
+    _kept: set[str] = attrs.field(factory=set)
+
+    def __attrs_post_init__(self) -> None:
+        self._kept = self.cell.ids
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether samples may be missing."""
+        return not self.done and self.error is None
+
+    @property
+    def prefills_itself(self) -> bool:
+        """Whether its prefill is sparse, so that it cannot use the one that the others share."""
+        return not self.pipeline.is_dense and "prefill" in self.pipeline.phases
+
+    def missing(self, examples: Sequence[Example]) -> list[int]:
+        """Which of the examples it has not answered yet."""
+        return [i for i, example in enumerate(examples) if example.id not in self._kept]
+
+    def keep(self, sample: Sample) -> None:
+        """Keep a sample."""
+        self.cell.append(sample)
+        self._kept.add(sample.id)
+
+    def fail(self, error: Exception) -> None:
+        """Stop for an error, which is recorded in the folder."""
+        self.error = {
+            "kind": "input" if isinstance(error, SahError) else "fault",
+            "message": _message(error),
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        self.cell.fail(self.error)
+
+    def tell(self, hook: str, **arguments: Any) -> None:
+        """Call a hook of the observers."""
+        manager = pluggy.PluginManager(PROJECT)
+        manager.add_hookspecs(ObserverSpec)
+        for observer in self.observers.values():
+            manager.register(observer)
+        getattr(manager.hook, hook)(**arguments)
+
+
+@attrs.define(kw_only=True, eq=False)
+class TaskRun:
+    """One task of one benchmark on one model: its cells, one per pipeline.
+
+    Attributes:
+        plan: The benchmark.
+        task: The task.
+        cells: In the order of the pipelines.
+        count: How many examples it has under the limit, once they are made.
+    """
+
+    plan: BenchmarkPlan
+    task: str
+    cells: list[CellRun]
+    count: int | None = None
+
+    @property
+    def pending(self) -> list[CellRun]:
+        """The cells in which samples may be missing."""
+        return [run for run in self.cells if run.is_pending]
+
+    @property
+    def label(self) -> str:
+        """Benchmark and task in words."""
+        return f"{self.plan.benchmark.name} {self.task}"
+
+
+def run_experiment(
+    experiment: Experiment, reporter: Reporter, *, rerun_failed: bool = False
+) -> list[CellResult]:
+    """Run all cells of an experiment that are not done yet.
+
+    A fault of one cell is recorded in its folder and does not stop the others.
+
+    Args:
+        experiment: What to run.
+        reporter: Is told of the progress.
+        rerun_failed: Try cells again that failed in an earlier run.
+
+    Returns:
+        The results of all cells, those of earlier runs included, in the order of the experiment.
+
+    Raises:
+        SahError: What was asked for cannot be had at all: no such model, or no folder to write to.
+    """
+    results: list[CellResult] = []
+    for index, model in enumerate(experiment.models):
+        left = len(experiment.models) - index - 1
+        results += ModelRun(experiment, model, reporter, rerun_failed, models_left=left).run()
+        gc.collect()
+    return results
+
+
+class ModelRun:
+    """All cells of one model, which is loaded once.
+
+    Args:
+        experiment: What to run.
+        model: The name of the model.
+        reporter: Is told of the progress.
+        rerun_failed: Try cells again that failed in an earlier run.
+        models_left: Models that come after this one, for the time left.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        model: str,
+        reporter: Reporter,
+        rerun_failed: bool = False,
+        *,
+        models_left: int = 0,
+    ) -> None:
+        self.experiment = experiment
+        self.model = model
+        self.reporter = reporter
+        self.rerun_failed = rerun_failed
+        self.models_left = models_left
+        self.made = 0
+        self.adapter: Any = None
+
+    def run(self) -> list[CellResult]:
+        """Load the model, run what is missing, and return the results of all cells."""
+        self.reporter.working_on(f"loading {self.model}")
+        adapter_class = registry.adapters[self.experiment.adapter]
+        self.adapter = adapter_class(
+            self.model, device=self.experiment.device, dtype=self.experiment.dtype
+        )
+        tasks: list[TaskRun] = []
+        try:
+            for plan in self.experiment.benchmarks:
+                for task in plan.tasks:
+                    tasks.append(TaskRun(plan=plan, task=task, cells=[]))
+                    self._open_cells(tasks[-1])
+            for task_run in tasks:
+                self._run_task(task_run, tasks)
+            return [self._result(task_run, run) for task_run in tasks for run in task_run.cells]
+        finally:
+            for task_run in tasks:
+                for run in task_run.cells:
+                    run.cell.close()
+            self.adapter = None
+
+    def _open_cells(self, task_run: TaskRun) -> None:
+        identity = dict(self.adapter.identity())
+        device = str(getattr(self.adapter, "device", "unknown"))
+        where = environment(self.experiment, device)
+        for pipeline in self.experiment.pipelines:
+            about = {
+                "model": self.model,
+                "benchmark": task_run.plan.benchmark.name,
+                "task": task_run.task,
+                "pipeline": pipeline.text,
+                "label": pipeline.label,
+            }
+            cell = Cell.open(
+                self.experiment.output,
+                cell_identity(self.experiment, task_run.plan, task_run.task, pipeline, identity),
+                about,
+                where,
+            )
+            run = CellRun(pipeline=pipeline, cell=cell, done=cell.is_done(self.experiment.limit))
+            task_run.cells.append(run)
+            for note in cell.notes:
+                self.reporter.note(f"{task_run.label}, {pipeline.label}: {note}")
+            earlier = cell.error
+            # Bad input is mended outside the cell, so it is always tried again.
+            sticky = earlier is not None and earlier.get("kind") == "fault" and not run.done
+            if earlier is not None and sticky and not self.rerun_failed:
+                message = f"{earlier.get('message')} (earlier run; --rerun-failed tries again)"
+                run.error = {**earlier, "message": message}
+
+    def _run_task(self, task_run: TaskRun, tasks: Sequence[TaskRun]) -> None:
+        pending = task_run.pending
+        if not pending:
+            return
+        self.reporter.working_on(f"{self.model}, {task_run.label}: making examples")
+        limit = self.experiment.limit
+        plan, tokenizer = task_run.plan, self.adapter.tokenizer
+        examples: list[Example] = []
+        with _failing(pending):
+            stream = plan.benchmark.examples(task_run.task, tokenizer, self.experiment.seed)
+            # One more than the limit shows whether there are more.
+            examples = list(islice(stream, None if limit is None else limit + 1))
+            complete = limit is None or len(examples) <= limit
+            examples = examples[:limit]
+            task_run.count = len(examples)
+        if task_run.count is None:
+            return
+        self.reporter.expect(self._expected(tasks))
+        for run in pending:
+            with _failing([run]):
+                run.observers = {name: registry.metrics[name]() for name in self.experiment.metrics}
+                run.tell("sah_run_begin", config=_config(run.cell))
+        for group in _contexts(examples):
+            self._run_context(task_run, group)
+        for run in task_run.pending:
+            with _failing([run]):
+                self._finish(task_run, run, complete=complete)
+
+    def _run_context(self, task_run: TaskRun, group: Sequence[Example]) -> None:
+        """Answer the questions about one context, in every cell that has not answered them."""
+        waiting = [run for run in task_run.pending if run.missing(group)]
+        shared = [run for run in waiting if not run.prefills_itself]
+        with _failing(shared):
+            prefilled = self._prefill(task_run, group) if shared else None
+            for run in shared:
+                self._answer(task_run, run, prefilled, group)
+            del prefilled
+        for run in waiting:
+            if run.prefills_itself:
+                with _failing([run]):
+                    self._answer(task_run, run, self._prefill(task_run, group, run.pipeline), group)
+
+    def _prefill(
+        self, task_run: TaskRun, group: Sequence[Example], pipeline: Pipeline | None = None
+    ) -> Any:
+        what = "prefill" if pipeline is None else f"prefill of {pipeline.label}"
+        self.reporter.working_on(f"{self.model}, {task_run.label}: {what}")
+        length = self.experiment.max_context_length
+        request_kwargs = {} if length is None else {"max_context_length": length}
+        request = request_of(task_run.plan, task_run.task, group)
+        return self.adapter.prefill(request, request_kwargs, pipeline=pipeline)
+
+    def _answer(
+        self, task_run: TaskRun, run: CellRun, prefilled: Any, group: Sequence[Example]
+    ) -> None:
+        self.reporter.working_on(f"{self.model}, {task_run.label}: {run.pipeline.label}")
+        with _failing([run]):
+            for index in run.missing(group):
+                sample = self._sample(task_run, run, prefilled, group, index)
+                run.keep(sample)
+                self.made += 1
+                self.reporter.advance()
+
+    def _sample(
+        self,
+        task_run: TaskRun,
+        run: CellRun,
+        prefilled: Any,
+        group: Sequence[Example],
+        index: int,
+    ) -> Sample:
+        example = group[index]
+        for observer in run.observers.values():
+            observer.reset()
+        generation = dict(self.experiment.generation)
+        generation["max_new_tokens"] = self.experiment.max_new_tokens or example.max_new_tokens
+        if generation.get("do_sample"):
+            _seed_sampling(self.experiment.seed, example.id)
+        response = self.adapter.answer(
+            prefilled,
+            run.pipeline,
+            generation,
+            observers=list(run.observers.values()),
+            indices=[index],
+        )
+        [detail] = response.details
+        scores = task_run.plan.benchmark.score(example, detail.text)
+        return sample_of(
+            example,
+            detail,
+            scores,
+            {name: observer.result() for name, observer in run.observers.items()},
+        )
+
+    def _finish(self, task_run: TaskRun, run: CellRun, *, complete: bool) -> None:
+        metrics = metrics_of(
+            run.cell,
+            self.experiment,
+            task_run.plan,
+            task_run.task,
+            run.pipeline,
+            complete=complete and len(run.cell.records) >= (task_run.count or 0),
+        )
+        run.tell("sah_run_end", results=metrics)
+        run.cell.finish(metrics)
+        run.done = True
+
+    def _expected(self, tasks: Sequence[TaskRun]) -> int | None:
+        """How many samples are to be made in all; a guess for tasks that have not begun."""
+        limit = self.experiment.limit
+        known = [task_run.count for task_run in tasks if task_run.count is not None]
+        guess = limit if limit is not None else sum(known) // max(1, len(known))
+        missing = whole = 0
+        for task_run in tasks:
+            count = guess if task_run.count is None else task_run.count
+            whole += count * len(task_run.cells)
+            missing += sum(max(0, count - len(run.cell.records)) for run in task_run.pending)
+        return self.made + missing + whole * self.models_left
+
+    def _result(self, task_run: TaskRun, run: CellRun) -> CellResult:
+        return result_of(
+            run.cell, self.model, task_run.plan, task_run.task, run.pipeline, run.error
+        )
+
+
+def request_of(plan: BenchmarkPlan, task: str, group: Sequence[Example]) -> Request:
+    """The request for the questions about one context, under the benchmark's protocol."""
+    from sah_core.requests import Request
+
+    protocol = plan.benchmark.protocol_for(task)
+    in_question = protocol.prefix == "user"
+    return Request(
+        context=group[0].context,
+        questions=[e.question + (e.answer_prefix if in_question else "") for e in group],
+        answer_prefix=["" if in_question else e.answer_prefix for e in group],
+        separator="",
+        chat=None if protocol.chat else False,
+        truncation=protocol.truncation,
+    )
+
+
+def sample_of(
+    example: Example,
+    detail: AnswerDetail,
+    scores: dict[str, float],
+    metrics: dict[str, Any],
+) -> Sample:
+    """What is kept of an answer; the context is not, for it can be made again."""
+    return Sample(
+        id=example.id,
+        record={
+            "context_id": example.context_id,
+            "question": example.question,
+            "prediction": detail.text,
+            "references": list(example.references),
+            "scores": scores,
+            "facts": dict(example.facts),
+            "prompt_tokens": detail.prompt_tokens,
+            "context_tokens": detail.context_tokens,
+            "new_tokens": detail.new_tokens,
+            "finished": detail.finished,
+        },
+        micro={"metrics": metrics, "backends": sorted(detail.backends)},
+        timing={"prefill": detail.seconds_prefill, "decode": detail.seconds_decode},
+    )
+
+
+def exit_code(results: Sequence[CellResult]) -> Literal[0, 1, 2]:
+    """0 if all cells are done; 1 if one failed for a fault; 2 if only for bad input."""
+    failed = [result for result in results if result.status == "failed"]
+    if not failed:
+        return 0
+    return 2 if all(result.bad_input for result in failed) else 1
+
+
+class _failing:
+    """Records an error in the cells that it concerns, and goes on."""
+
+    def __init__(self, runs: Sequence[CellRun]) -> None:
+        self._runs = runs
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        # Foreign code runs inside: whatever it raises is a fault of the cell, an interrupt is none.
+        if not isinstance(error, Exception):
+            return False
+        for run in self._runs:
+            if run.is_pending:
+                run.fail(error)
+        return True
+
+
+def _contexts(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """The examples in groups that share a context."""
+    for _, group in groupby(examples, key=attrgetter("context_id", "context")):
+        yield list(group)
+
+
+def _config(cell: Cell) -> dict[str, Any]:
+    from .store import CONFIG, read_json
+
+    return read_json(cell.folder / CONFIG) or {}
+
+
+def _message(error: Exception) -> str:
+    text = one_line(str(error))
+    if isinstance(error, SahError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _seed_sampling(seed: int, example_id: str) -> None:
+    """Give each example a seed of its own, so that sampled generation resumes as it went."""
+    import torch
+
+    digest = hashlib.sha256(f"{seed}:{example_id}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7]))

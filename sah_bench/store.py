@@ -1,0 +1,333 @@
+"""Results on disk: one folder per cell, written so that a killed run goes on at the next sample.
+
+A cell is one model, pipeline, benchmark and task. Its id is the hash of everything that could
+change its numbers. Its folder holds
+
+    config.json          what the cell is, and on which machines and libraries its samples were made
+    samples.jsonl        one line per sample: prediction, references, scores
+    micro_metrics.jsonl  one line per sample: results of the observers, such as density
+    timings.jsonl        one line per sample: seconds; only this differs between equal runs
+    metrics.json         written last, in one step: the cell is done
+    error.json           only if the cell failed: the error and its traceback
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from sah_core.errors import OutputFolderError
+
+SAMPLES = "samples.jsonl"
+MICRO_METRICS = "micro_metrics.jsonl"
+TIMINGS = "timings.jsonl"
+CONFIG = "config.json"
+METRICS = "metrics.json"
+ERROR = "error.json"
+
+_ID_LETTERS = 12
+_LONGEST_SLUG = 80
+
+
+def canonical(value: Any) -> str:
+    """Plain data as text, the same for equal data; NaN is refused."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
+
+
+def content_id(identity: Mapping[str, Any]) -> str:
+    """The hash that names a cell: SHA-256 of its canonical identity."""
+    return hashlib.sha256(canonical(identity).encode()).hexdigest()
+
+
+def slug(text: str) -> str:
+    """`text` as a readable piece of a file name."""
+    words = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "x"
+    return words[:_LONGEST_SLUG].rstrip("-.")
+
+
+@attrs.frozen(kw_only=True)
+class Sample:
+    """What is kept of one answered example."""
+
+    id: str
+    record: Mapping[str, Any]
+    micro: Mapping[str, Any]
+    timing: Mapping[str, Any]
+
+
+@attrs.define(kw_only=True)
+class Cell:
+    """The folder of a cell, open for more samples.
+
+    Attributes:
+        folder: Where it lies.
+        id: The content id.
+        records: The lines of samples.jsonl, in order.
+        micro: The lines of micro_metrics.jsonl, likewise.
+        timings: The lines of timings.jsonl, likewise.
+        notes: What the user should know about going on here, one line each.
+    """
+
+    folder: Path
+    id: str
+    records: list[dict[str, Any]] = attrs.field(factory=list)
+    micro: list[dict[str, Any]] = attrs.field(factory=list)
+    timings: list[dict[str, Any]] = attrs.field(factory=list)
+    notes: list[str] = attrs.field(factory=list)
+    _lock: Any = attrs.field(default=None, repr=False)
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        identity: Mapping[str, Any],
+        about: Mapping[str, Any],
+        environment: Mapping[str, Any],
+    ) -> Cell:
+        """Open the folder of a cell, making it or repairing what a killed run left.
+
+        Args:
+            root: The folder of all results.
+            identity: Everything that could change the numbers of the cell, as plain data.
+            about: Further facts for readers; ``model``, ``benchmark``, ``task`` and ``pipeline``
+                name the folder.
+            environment: Where samples are made from now on: device, library versions, limit.
+
+        Raises:
+            OutputFolderError: The folder cannot be written, holds another cell, or is being
+                written by another run.
+        """
+        from filelock import FileLock, Timeout
+
+        cell_id = content_id(identity)
+        folder = find_folder(root, cell_id) or root / folder_name(about, cell_id)
+        cell = cls(folder=folder, id=cell_id)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            cell._lock = FileLock(folder / ".lock", blocking=False)
+            cell._lock.acquire()
+            cell._write_config(identity, about, environment)
+            cell._recover()
+        except Timeout as error:
+            raise OutputFolderError(str(folder), "another run is writing to it") from error
+        except OutputFolderError:
+            cell.close()
+            raise
+        except OSError as error:
+            cell.close()
+            raise OutputFolderError(str(folder), error.strerror or str(error)) from error
+        return cell
+
+    def close(self) -> None:
+        """Let other runs write to the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def ids(self) -> set[str]:
+        """The samples that are kept."""
+        return {record["id"] for record in self.records}
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """The content of metrics.json; None while the cell is not done."""
+        return read_json(self.folder / METRICS)
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        """The content of error.json, if an earlier run failed here."""
+        return read_json(self.folder / ERROR)
+
+    def is_done(self, limit: int | None) -> bool:
+        """Whether nothing is left to do under this limit on the number of samples."""
+        metrics = self.metrics
+        if metrics is None:
+            return False
+        enough = limit is not None and len(self.records) >= limit
+        return enough or bool(metrics.get("complete"))
+
+    def append(self, sample: Sample) -> None:
+        """Keep one sample; it is on the disk when this returns.
+
+        Raises:
+            ValueError: A value is NaN or infinite.
+        """
+        rows = (
+            (TIMINGS, self.timings, {"id": sample.id, **sample.timing}),
+            (MICRO_METRICS, self.micro, {"id": sample.id, **sample.micro}),
+            # Last: a sample counts as kept once it stands here, so the others must stand by then.
+            (SAMPLES, self.records, {"id": sample.id, **sample.record}),
+        )
+        lines = [(name, kept, row, _line(row)) for name, kept, row in rows]
+        with suppress(FileNotFoundError):  # from here on the cell is not done any more
+            os.unlink(self.folder / METRICS)
+        for name, kept, row, line in lines:
+            with (self.folder / name).open("ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+            kept.append(row)
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Mark the cell as done."""
+        write_json(self.folder / METRICS, metrics)
+        with suppress(FileNotFoundError):
+            os.unlink(self.folder / ERROR)
+
+    def fail(self, error: Mapping[str, Any]) -> None:
+        """Record why the cell could not go on; the samples stay."""
+        write_json(self.folder / ERROR, error)
+
+    def _write_config(
+        self, identity: Mapping[str, Any], about: Mapping[str, Any], environment: Mapping[str, Any]
+    ) -> None:
+        path = self.folder / CONFIG
+        known = read_json(path)
+        if known is None:
+            config = {**about, "id": self.id, "identity": identity, "environments": [environment]}
+            write_json(path, config)
+            return
+        if known.get("id") != self.id:
+            raise OutputFolderError(str(self.folder), f"it holds the cell {known.get('id')}")
+        environments = known.get("environments", [])
+        if environment in environments:
+            return
+        write_json(path, {**known, "environments": [*environments, environment]})
+        if environments and (self.folder / SAMPLES).exists():
+            changes = [
+                f"{key} was {environments[-1].get(key)}, is {value}"
+                for key, value in environment.items()
+                if key != "limit" and environments[-1].get(key) != value
+            ]
+            if changes:
+                self.notes.append(f"goes on elsewhere than it began: {'; '.join(changes)}")
+
+    def _recover(self) -> None:
+        """Read what is kept, and cut off what a killed run left half done."""
+        samples = _Lines.read(self.folder / SAMPLES)
+        micro = _Lines.read(self.folder / MICRO_METRICS)
+        timings = _Lines.read(self.folder / TIMINGS)
+        count = 0
+        for record, row in zip(samples.rows, micro.rows, strict=False):
+            if record["id"] != row["id"]:
+                break
+            count += 1
+        kept = {record["id"] for record in samples.rows[:count]}
+        self.records, self.micro = samples.cut(count), micro.cut(count)
+        seconds = 0
+        while seconds < len(timings.rows) and timings.rows[seconds]["id"] in kept:
+            seconds += 1
+        self.timings = timings.cut(seconds)
+
+
+@attrs.define
+class _Lines:
+    """The whole lines of a JSON Lines file, and where each ends."""
+
+    path: Path
+    rows: list[dict[str, Any]]
+    ends: list[int]
+
+    @classmethod
+    def read(cls, path: Path) -> _Lines:
+        lines = cls(path, [], [])
+        if not path.exists():
+            return lines
+        end = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            row = _row(line)
+            if row is None:  # torn, and so is everything after it
+                break
+            end += len(line)
+            lines.rows.append(row)
+            lines.ends.append(end)
+        return lines
+
+    def cut(self, count: int) -> list[dict[str, Any]]:
+        """Shorten the file to its first lines, and return them."""
+        size = self.ends[count - 1] if count else 0
+        if self.path.exists() and self.path.stat().st_size > size:
+            with self.path.open("r+b") as file:
+                file.truncate(size)
+                os.fsync(file.fileno())
+        return self.rows[:count]
+
+
+def find_folder(root: Path, cell_id: str) -> Path | None:
+    """The folder that holds a cell under whatever readable name; None if there is none."""
+    return next(iter(sorted(root.glob(f"*/*/*-{cell_id[:_ID_LETTERS]}"))), None)
+
+
+def folder_name(about: Mapping[str, Any], cell_id: str) -> Path:
+    """The folder of a new cell, below the folder of all results."""
+    task = slug(f"{about['benchmark']}-{about['task']}")
+    pipeline = f"{slug(str(about['pipeline']))}-{cell_id[:_ID_LETTERS]}"
+    return Path(slug(str(about["model"]))) / task / pipeline
+
+
+def configs(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The folder and the config of every cell below a folder of results."""
+    for path in sorted(root.glob(f"*/*/*/{CONFIG}")):
+        config = read_json(path)
+        if config is not None:
+            yield path.parent, config
+
+
+def count_lines(path: Path) -> int:
+    """The whole lines of a JSON Lines file; 0 if there is none."""
+    return len(_Lines.read(path).rows)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The mapping in a JSON file; None if there is no such file or it holds none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step: readers see the old content or the new one.
+
+    Raises:
+        ValueError: A value is NaN or infinite.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "id" in row else None
