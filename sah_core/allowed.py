@@ -1,8 +1,10 @@
-"""Who may be attended: causality, left padding and the model's window, as structure instead of a tensor.
+"""Who may be attended: causality, left padding and the model's window, as structure instead of a
+tensor.
 
-A query row may attend one contiguous run of keys, ``start <= key < stop``; this covers causal attention at any
-offset, left padding, sliding windows and chunked attention without a ``(query_len, key_len)`` tensor. Masks that
-are not of this kind (a foreign 4-D mask, padding between context and question) add a boolean ``keep``.
+A query row may attend one contiguous run of keys, ``start <= key < stop``; this covers causal
+attention at any offset, left padding, sliding windows and chunked attention without a ``(query_len,
+key_len)`` tensor. Masks that are not of this kind (a foreign 4-D mask, padding between context and
+question) add a boolean ``keep``.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ class Allowed:
     Attributes:
         start: First allowed key, int32 ``(batch | 1, 1, query_len | 1)``.
         stop: One past the last allowed key, same shape rules as ``start``.
-        first: First real key of each sequence (its left padding), int32 ``(batch | 1,)``. Sinks, pages and
-            fractions count from here.
-        keep: Extra restriction for masks that are no interval, bool ``(batch | 1, heads | 1, query_len | 1,
-            key_len)``, True = may be attended; None on every structured path.
-        known_first: ``first`` as host ints where the maker of the limits knew them, which saves a host sync.
+        first: First real key of each sequence (its left padding), int32 ``(batch | 1,)``. Sinks,
+            pages and fractions count from here.
+        keep: Extra restriction for masks that are no interval, bool ``(batch | 1, heads | 1,
+            query_len | 1, key_len)``, True = may be attended; None on every structured path.
+        known_first: ``first`` as host ints where the maker of the limits knew them, which saves a
+            host sync.
         known_bounds: Likewise ``start`` and ``stop``, as lists ``[batch | 1][query_len | 1]``.
     """
 
@@ -87,8 +90,8 @@ class Allowed:
             keep: bool ``(batch, heads | 1, query_len, key_len)``, True = may be attended.
 
         Returns:
-            Pure intervals when every row of ``keep`` is one run of keys shared by the heads, otherwise the
-            enclosing intervals plus ``keep`` itself.
+            Pure intervals when every row of ``keep`` is one run of keys shared by the heads,
+            otherwise the enclosing intervals plus ``keep`` itself.
         """
         if keep.dtype != torch.bool or keep.dim() != 4:
             raise TypeError(f"keep must be a 4-D bool tensor, got {keep.dtype} {tuple(keep.shape)}")
@@ -122,7 +125,9 @@ class Allowed:
 
     @cached_property
     def bounds(self) -> tuple[list[list[int]], list[list[int]]]:
-        """``start`` and ``stop`` as host lists ``[batch | 1][query_len | 1]``; waits for the device once."""
+        """``start`` and ``stop`` as host lists ``[batch | 1][query_len | 1]``; waits for the device
+        once.
+        """
         return self.known_bounds or (self.start[:, 0].tolist(), self.stop[:, 0].tolist())
 
     @cached_property
@@ -162,7 +167,9 @@ class Allowed:
         return inside & keep.expand(*shape, keep.shape[-1]).gather(-1, clamped)
 
     def to_dense(self, key_len: int) -> Tensor:
-        """The limits as bool ``(batch | 1, heads | 1, query_len | 1, key_len)``: the reference form."""
+        """The limits as bool ``(batch | 1, heads | 1, query_len | 1, key_len)``: the reference
+        form.
+        """
         position = torch.arange(key_len, device=self.device, dtype=torch.int32)
         inside = (position >= self.start.unsqueeze(-1)) & (position < self.stop.unsqueeze(-1))
         return inside if self.keep is None else inside & self.keep

@@ -1,7 +1,7 @@
 """One attention call of a running request: state, mask, backend.
 
-A `Session` belongs to one pipeline on one model. It knows nothing of any model library: `sah_core.patching` feeds
-it the tensors of each layer.
+A `Session` belongs to one pipeline on one model. It knows nothing of any model library:
+`sah_core.patching` feeds it the tensors of each layer.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ def build_mask(
     Args:
         steps: The maskers.
         inputs: The attention call.
-        states: State per step for the steps that keep one. Without it (golden files, conformance checks, a call
-            outside any request) states are built here by ``append`` and ``end_prefill`` over all keys.
+        states: State per step for the steps that keep one. Without it (golden files, conformance
+            checks, a call outside any request) states are built here by ``append`` and
+            ``end_prefill`` over all keys.
         seed: Seed of the pipeline.
 
     Returns:
@@ -129,14 +130,14 @@ class Session:
     Args:
         pipeline: What to run, and where.
         layer_types: Attention type of every layer of the model.
-        backend: Backend for sparse calls, by name; ``auto`` is the fastest capable one. Defaults to the
-            pipeline's.
+        backend: Backend for sparse calls, by name; ``auto`` is the fastest capable one. Defaults to
+            the pipeline's.
         observers: Objects with observer hooks; without any, nothing is paid for them.
 
     Attributes:
-        phase: Phase of the coming calls; None infers it: inside a request the first forward pass after
-            `start_question` and every pass of several rows are the question; outside one, all keys new is a
-            prefill, one new key is decoding, anything between is a question.
+        phase: Phase of the coming calls; None infers it: inside a request the first forward pass
+            after `start_question` and every pass of several rows are the question; outside one, all
+            keys new is a prefill, one new key is decoding, anything between is a question.
         length: Valid keys as a device tensor, set under graph capture only.
         observer_seconds: Time spent in observers, to be left out of timings.
         fallbacks: Backends that refused, each reason once.
@@ -164,7 +165,7 @@ class Session:
         self.observer_seconds = 0.0
         self.fallbacks: list[Fallback] = []
         self.backends_used: set[str] = set()
-        self._chosen: dict[Problem, Backend] = {}
+        self._chosen: dict[tuple[str, Problem], Backend] = {}
         self._backends: dict[str, Backend] = {}
         self._prefix: tuple[Allowed, tuple[int, int, int, int], Mask] | None = None
         self._stateful = tuple(i for i, s in enumerate(pipeline.steps) if s.is_stateful())
@@ -279,7 +280,9 @@ class Session:
         return infer_phase(query_len, key_len)
 
     def mask_for(self, inputs: Inputs, states: Mapping[int, Any]) -> Mask:
-        """The pipeline's mask; leading steps that depend on positions alone run once per forward pass."""
+        """The pipeline's mask; leading steps that depend on positions alone run once per forward
+        pass.
+        """
         steps, seed = self.pipeline.steps, self.pipeline.seed
         if not self._leading:
             return build_mask(steps, inputs, states, seed)
@@ -413,23 +416,24 @@ class Session:
     def backend_for(
         self, inputs: Inputs, mask: Mask, *, requested: str, quiet: bool = False
     ) -> Backend:
-        """The backend for a call: the requested one if it accepts, else the capable one of the highest rank.
+        """The backend for a call: the requested one if it accepts, else the capable one of the
+        highest rank.
 
         Raises:
             UnsupportedError: If no backend accepts.
         """
         problem = Problem.of(inputs, mask, needs_lse=self._needs_lse and not mask.is_full)
-        known = self._chosen.get(problem)
+        known = self._chosen.get((requested, problem))
         if known is not None:
             return known
-        reasons = []
+        reasons: list[str] = []
         for name in candidates(requested, self._backends):
             backend = self._backends[name]
             reason = backend.refuses(problem)
             if reason is None:
                 if requested not in ("auto", name) and not quiet:
                     self._note(Fallback(requested, reasons[0], name))
-                self._chosen[problem] = backend
+                self._chosen[requested, problem] = backend
                 return backend
             reasons.append(f"{name}: {reason}" if name != requested else reason)
         raise UnsupportedError(

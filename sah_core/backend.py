@@ -40,6 +40,7 @@ class Problem:
         sinks: Learned sinks join the denominator.
         captured: Inside a graph capture: no host sync, no Python length.
         needs_lse: The log-sum-exp of each row is wanted.
+        range_count: Key ranges of the mask.
     """
 
     device: str
@@ -62,6 +63,7 @@ class Problem:
     sinks: bool
     captured: bool
     needs_lse: bool
+    range_count: int = 0
 
     @classmethod
     def of(cls, inputs: Inputs, mask: Mask, *, needs_lse: bool = False) -> Problem:
@@ -87,15 +89,17 @@ class Problem:
             sinks=inputs.sinks is not None,
             captured=inputs.key_len is None,
             needs_lse=needs_lse,
+            range_count=len(mask.ranges),
         )
 
 
 class Backend:
     """Base of all backends.
 
-    ``output = sum_i (e^{l_i} / p_i) v_i / sum_i (e^{l_i} / p_i)`` over the selected and allowed keys, with logits
-    ``l_i = scaling * q . k_i`` (softcap applied), probabilities ``p_i`` and softmax statistics in float32; learned
-    sinks join the denominator; a row that selects nothing gives 0, never NaN.
+    ``output = sum_i (e^{l_i} / p_i) v_i / sum_i (e^{l_i} / p_i)`` over the selected and allowed
+    keys, with logits ``l_i = scaling * q . k_i`` (softcap applied), probabilities ``p_i`` and
+    softmax statistics in float32; learned sinks join the denominator; a row that selects nothing
+    gives 0, never NaN.
 
     Attributes:
         name: Registered name.
@@ -109,21 +113,25 @@ class Backend:
 
     @property
     def ops(self) -> Ops:
-        """The scoring primitives that maskers get when this backend runs; the reference forms by default."""
+        """The scoring primitives that maskers get when this backend runs; the reference forms by
+        default.
+        """
         from sah_core.ops import REFERENCE
 
         return REFERENCE
 
     def refuses(self, problem: Problem) -> str | None:
-        """Why this backend cannot take such a call, in a few words; None if it can. Must be cheap and static."""
+        """Why this backend cannot take such a call, in a few words; None if it can. Must be cheap
+        and static.
+        """
         raise NotImplementedError
 
     def attend(self, inputs: Inputs, mask: Mask) -> tuple[Tensor, Tensor | None]:
         """Compute the attention.
 
         Returns:
-            Output ``(batch, query_len, heads, value_dim)`` in the type of the query, and the log-sum-exp of each
-            row, float32 ``(batch, heads, query_len)`` (None from kernels that do not give it, which then refuse
-            problems that need it).
+            Output ``(batch, query_len, heads, value_dim)`` in the type of the query, and the
+            log-sum-exp of each row, float32 ``(batch, heads, query_len)`` (None from kernels that
+            do not give it, which then refuse problems that need it).
         """
         raise NotImplementedError

@@ -52,7 +52,9 @@ def limits(
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> Allowed:
-    """transformers' mask function, giving structure instead of a tensor where the mask is an interval per row."""
+    """transformers' mask function, giving structure instead of a tensor where the mask is an
+    interval per row.
+    """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     running = capture_of_thread()
@@ -96,7 +98,9 @@ def limits(
 def padding_structure(
     attention_mask: Tensor | None, kv_length: int, kv_offset: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """First real key per sequence, and the mask itself if it is more than left padding; both None without any."""
+    """First real key per sequence, and the mask itself if it is more than left padding; both None
+    without any.
+    """
     if attention_mask is None:
         return None, None
     real = attention_mask.to(torch.bool)
@@ -125,7 +129,9 @@ def is_sliding_window(
 
     if size < 2:
         return False
-    inside = ask(size, size) and ask(size, 1) and ask(2 * size - 1, size) and ask(2 * size, size + 1)
+    inside = (
+        ask(size, size) and ask(size, 1) and ask(2 * size - 1, size) and ask(2 * size, size + 1)
+    )
     return inside and not ask(size, 0) and not ask(2 * size, size) and not ask(1, 2)
 
 
@@ -140,7 +146,9 @@ def as_allowed(mask: Any, query_len: int, key: Tensor) -> Allowed:
         mask = mask[..., :key_len]
         keep = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         return Allowed.from_dense(keep)
-    raise UnsupportedError(what=f"an attention mask of type {type(mask).__name__}", reason="not known")
+    raise UnsupportedError(
+        what=f"an attention mask of type {type(mask).__name__}", reason="not known"
+    )
 
 
 # Models
@@ -153,7 +161,9 @@ def text_config(model: Any) -> Any:
 
 
 def layer_types(model: Any) -> tuple[str, ...]:
-    """Attention type of every layer: ``full_attention``, ``sliding_attention``, ``linear_attention``, ..."""
+    """Attention type of every layer: ``full_attention``, ``sliding_attention``,
+    ``linear_attention``, ...
+    """
     config = text_config(model)
     types = getattr(config, "layer_types", None)
     if types:
@@ -166,7 +176,9 @@ def layer_types(model: Any) -> tuple[str, ...]:
 
 def attention_modules(model: Any) -> list[Any]:
     """The modules whose attention calls reach the interface: those that know their layer."""
-    return [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    return [
+        module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)
+    ]
 
 
 def check_supported(model: Any) -> None:
@@ -189,7 +201,9 @@ def implementation(model: Any) -> str:
 
 @cache
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """Name under which ``forward`` takes the cache: ``cache`` in newer transformers, else ``past_key_values``."""
+    """Name under which ``forward`` takes the cache: ``cache`` in newer transformers, else
+    ``past_key_values``.
+    """
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
@@ -201,9 +215,11 @@ def _preallocated_layer() -> type[Any]:
     from transformers.cache_utils import DynamicLayer
 
     class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
-        """A cache layer that writes into a buffer taken ahead; its keys and values are views of the filled part.
+        """A cache layer that writes into a buffer taken ahead; its keys and values are views of the
+        filled part.
 
-        Appending copies the new tokens and nothing else, a snapshot is a length. One live branch at a time.
+        Appending copies the new tokens and nothing else, a snapshot is a length. One live branch at
+        a time.
         """
 
         def __init__(self, capacity: int) -> None:
@@ -296,7 +312,8 @@ def _preallocated_layer() -> type[Any]:
 
 
 def make_cache(model: Any, capacity: int) -> Any:
-    """A KV cache for a request: full-attention layers are preallocated, the others as the model needs them.
+    """A KV cache for a request: full-attention layers are preallocated, the others as the model
+    needs them.
 
     Args:
         model: The model whose configuration says what the layers are.
@@ -321,7 +338,9 @@ def make_cache(model: Any, capacity: int) -> Any:
 
 
 def kind_of(layer: Any) -> str | None:
-    """How a cache layer is snapshotted: by ``length``, by ``reference``, by ``copy``; None if unknown."""
+    """How a cache layer is snapshotted: by ``length``, by ``reference``, by ``copy``; None if
+    unknown.
+    """
     from transformers import cache_utils
 
     if isinstance(layer, _preallocated_layer()):
@@ -400,7 +419,8 @@ def call_arguments(kwargs: dict[str, Any]) -> tuple[float | None, Tensor | None]
     """Softcap and learned sinks of an attention call.
 
     Raises:
-        UnsupportedError: If the call carries an argument that changes its meaning and is not understood.
+        UnsupportedError: If the call carries an argument that changes its meaning and is not
+            understood.
     """
     for name in SEMANTIC_ARGUMENTS:
         if kwargs.get(name) is not None:

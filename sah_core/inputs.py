@@ -24,7 +24,8 @@ class Budget:
 
     Attributes:
         capacity: Host bound, at most the keys of the buffer.
-        count: Exact number per sequence, int32 ``(batch, 1, 1)``; None when it is ``capacity`` everywhere.
+        count: Exact number per sequence, int32 ``(batch, 1, 1)``; None when it is ``capacity``
+            everywhere.
     """
 
     capacity: int
@@ -33,7 +34,8 @@ class Budget:
 
 @attrs.frozen(eq=False, slots=False, kw_only=True)
 class Inputs:
-    """One attention call, frozen. Nothing in here may be written to: key and value are the cache itself.
+    """One attention call, frozen. Nothing in here may be written to: key and value are the cache
+    itself.
 
     Attributes:
         query: ``(batch, heads, query_len, head_dim)``, rotary embedding applied.
@@ -41,10 +43,12 @@ class Inputs:
         value: ``(batch, kv_heads, key_len, value_dim)``.
         allowed: Who may be attended.
         scaling: Factor on ``q . k``.
-        key_len: Valid keys, a host int; None under graph capture, where the key buffer is longer than that.
+        key_len: Valid keys, a host int; None under graph capture, where the key buffer is longer
+            than that.
         length: Valid keys on the device, int32 ``(1,)``; made from ``key_len`` when not given.
         softcap: Gemma 2's logit cap, or None.
-        sinks: Learned logit per query head that joins the softmax denominator (gpt-oss), ``(heads,)``, or None.
+        sinks: Learned logit per query head that joins the softmax denominator (gpt-oss),
+            ``(heads,)``, or None.
         layer: Layer index.
         layer_count: Layers in the model.
         layer_type: ``full_attention``, ``sliding_attention``, ...
@@ -53,8 +57,8 @@ class Inputs:
         request_state: Shared by the layers and steps of a request.
         ops: Scoring primitives.
         random: Counter-based random numbers of this step and layer.
-        hidden_states: Input of the layer, only for maskers that declare the need; likewise ``query_pre_rope``,
-            ``key_pre_rope`` and ``window_queries``.
+        hidden_states: Input of the layer, only for maskers that declare the need; likewise
+            ``query_pre_rope``, ``key_pre_rope`` and ``window_queries``.
     """
 
     query: Tensor
@@ -139,8 +143,9 @@ class Inputs:
     def budget(self, size: Size) -> Budget:
         """How many keys ``size`` means: tokens as given, fractions of the real keys rounded down.
 
-        Real keys are the valid keys minus the left padding, so that a padded batch selects what each sequence
-        alone selects. Under graph capture a fraction gives a capacity from the buffer and a count on the device.
+        Real keys are the valid keys minus the left padding, so that a padded batch selects what
+        each sequence alone selects. Under graph capture a fraction gives a capacity from the buffer
+        and a count on the device.
         """
         if size.tokens is not None:
             return Budget(min(size.tokens, self.capacity))

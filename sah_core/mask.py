@@ -1,9 +1,10 @@
 """The mask: which keys each query row attends, and with which probability each was selected.
 
-A mask is a union of three kinds of parts: ranges (sink, window: two integers per row), selected keys or pages
-(indices of a capacity known on the host, with a count on the device) and a dense tensor (the reference form).
-Every leading dimension may be 1, which means that batch, heads or query rows share the selection; ``heads`` may
-also be a divisor of the query heads, so that a selection shared inside a KV group is stored once per KV head.
+A mask is a union of three kinds of parts: ranges (sink, window: two integers per row), selected
+keys or pages (indices of a capacity known on the host, with a count on the device) and a dense
+tensor (the reference form). Every leading dimension may be 1, which means that batch, heads or
+query rows share the selection; ``heads`` may also be a divisor of the query heads, so that a
+selection shared inside a KV group is stored once per KV head.
 
 Nothing here waits for the device except the functions that say so.
 """
@@ -26,11 +27,13 @@ Shape = tuple[int, int, int, int]
 class KeyRange:
     """A run of keys per row, every one selected with probability 1.
 
-    Each end is a tensor that exists anyway (a limit of `Allowed`, say) plus a host offset, so that building a sink
-    or a window computes nothing on the device. An end may lie outside the keys: who reads the range clips it.
+    Each end is a tensor that exists anyway (a limit of `Allowed`, say) plus a host offset, so that
+    building a sink or a window computes nothing on the device. An end may lie outside the keys: who
+    reads the range clips it.
 
     Attributes:
-        start_base: int32 ``(batch | 1, 1, query_len | 1)``; the first key is ``start_base + start_offset``.
+        start_base: int32 ``(batch | 1, 1, query_len | 1)``; the first key is ``start_base +
+            start_offset``.
         stop_base: Same shape rules; one past the last key is ``stop_base + stop_offset``.
         capacity: A host bound on the length.
         start_offset: Host int.
@@ -55,11 +58,15 @@ class KeyRange:
 
     @cached_property
     def bounds(self) -> tuple[list[list[int]], list[list[int]]]:
-        """``start`` and ``stop`` as host lists ``[batch | 1][query_len | 1]``; waits for the device once."""
+        """``start`` and ``stop`` as host lists ``[batch | 1][query_len | 1]``; waits for the device
+        once.
+        """
         return self.start[:, 0].tolist(), self.stop[:, 0].tolist()
 
     def contains(self, keys: Tensor) -> Tensor:
-        """Whether each key index ``(batch | 1, heads, query_len | 1, count)`` lies in the range of its row."""
+        """Whether each key index ``(batch | 1, heads, query_len | 1, count)`` lies in the range of
+        its row.
+        """
         return (keys >= self.start.unsqueeze(-1)) & (keys < self.stop.unsqueeze(-1))
 
 
@@ -67,14 +74,16 @@ class KeyRange:
 class Selected:
     """Selected keys, or pages of keys, by index.
 
-    Entries past ``count``, negative entries, entries inside a range of the same mask and entries that are not
-    allowed are ignored. A key or page occurs at most once per row.
+    Entries past ``count``, negative entries, entries inside a range of the same mask and entries
+    that are not allowed are ignored. A key or page occurs at most once per row.
 
     Attributes:
-        indices: int32 ``(batch | 1, heads, query_len | 1, capacity)``; key indices, or page numbers counted from
-            ``origin`` when ``page_size`` > 1.
-        count: Valid leading entries per row, int32 ``(batch | 1, heads, query_len | 1)``; None = all.
-        probability: Inclusion probability per entry in (0, 1], float32, shaped as ``indices``; None = 1.
+        indices: int32 ``(batch | 1, heads, query_len | 1, capacity)``; key indices, or page numbers
+            counted from ``origin`` when ``page_size`` > 1.
+        count: Valid leading entries per row, int32 ``(batch | 1, heads, query_len | 1)``; None =
+            all.
+        probability: Inclusion probability per entry in (0, 1], float32, shaped as ``indices``; None
+            = 1.
         page_size: Keys per entry.
         origin: Key index of page 0 per sequence, int32 ``(batch | 1,)``; None = 0.
     """
@@ -99,8 +108,8 @@ class Selected:
         """Expand to key indices.
 
         Returns:
-            int32 key indices ``(batch | 1, heads, query_len | 1, capacity * page_size)`` in which every invalid
-            entry is -1, and the probabilities in the same shape (or None).
+            int32 key indices ``(batch | 1, heads, query_len | 1, capacity * page_size)`` in which
+            every invalid entry is -1, and the probabilities in the same shape (or None).
         """
         indices = self.indices
         if self.count is not None:
@@ -122,18 +131,21 @@ class Selected:
 
 @attrs.frozen(eq=False, slots=False)
 class Mask:
-    """For every (sequence, query head, query row, key), the probability with which that key was selected.
+    """For every (sequence, query head, query row, key), the probability with which that key was
+    selected.
 
-    0 means not attended. Immutable: every operation returns a new mask and never edits the caller's tensors.
-    An empty mask attends nothing (its output rows are 0). A full mask attends every allowed key. What may be
-    attended at all is a separate matter (`Allowed`), applied by whoever executes or counts the mask.
+    0 means not attended. Immutable: every operation returns a new mask and never edits the caller's
+    tensors. An empty mask attends nothing (its output rows are 0). A full mask attends every
+    allowed key. What may be attended at all is a separate matter (`Allowed`), applied by whoever
+    executes or counts the mask.
 
     Attributes:
-        shape: ``(batch, heads, query_len, key_len)``, host ints; under graph capture ``key_len`` is the
-            capacity of the key buffer.
+        shape: ``(batch, heads, query_len, key_len)``, host ints; under graph capture ``key_len`` is
+            the capacity of the key buffer.
         ranges: Runs of keys with probability 1.
         selected: Keys or pages by index.
-        dense: float32 ``(batch | 1, heads', query_len | 1, key_len)`` probabilities: the reference form.
+        dense: float32 ``(batch | 1, heads', query_len | 1, key_len)`` probabilities: the reference
+            form.
         is_full: Every key is selected with probability 1; the other parts are then empty.
     """
 
@@ -184,7 +196,9 @@ class Mask:
 
     @classmethod
     def from_dense(cls, probability: Tensor, shape: Shape | None = None) -> Mask:
-        """A mask from probabilities, float ``(batch | 1, heads', query_len | 1, key_len)`` (or bool)."""
+        """A mask from probabilities, float ``(batch | 1, heads', query_len | 1, key_len)`` (or
+        bool).
+        """
         dense = probability.to(torch.float32)
         if shape is None:
             batch, heads, query_len, key_len = dense.shape
@@ -292,8 +306,8 @@ class Mask:
 
         Args:
             other: A mask of the same shape.
-            disjoint: The caller knows that no key is in both ``selected`` parts, which saves the search for
-                duplicates.
+            disjoint: The caller knows that no key is in both ``selected`` parts, which saves the
+                search for duplicates.
 
         Raises:
             ValueError: If the shapes differ.
@@ -320,8 +334,7 @@ class Mask:
             return self
         if allowed.keep is not None:
             keep = allowed.to_dense(shape[3])
-            dense = self.to_dense() * keep
-            return Mask.from_dense(dense, shape)
+            return Mask.from_dense(self.to_dense() * keep, shape)
         if self.is_full:
             return Mask.from_ranges(shape, [KeyRange(allowed.start, allowed.stop, shape[3])])
         ranges = tuple(
@@ -345,7 +358,9 @@ class Mask:
         return Mask(shape, ranges, selected, dense)
 
     def covers(self, keys: Tensor) -> Tensor:
-        """Whether each key index ``(batch | 1, heads, query_len | 1, count)`` lies in one of the ranges."""
+        """Whether each key index ``(batch | 1, heads, query_len | 1, count)`` lies in one of the
+        ranges.
+        """
         covered = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=keys.device)
         for part in self.ranges:
             covered = covered | part.contains(keys)
@@ -359,8 +374,8 @@ class Mask:
             fill: The value that takes a key out of the choice.
 
         Returns:
-            New tensor of the shape of ``scores``. Selections that differ inside a head group of ``scores`` leave
-            a key in the choice unless every member of the group has it.
+            New tensor of the shape of ``scores``. Selections that differ inside a head group of
+            ``scores`` leave a key in the choice unless every member of the group has it.
         """
         if self.is_empty:
             return scores
@@ -463,7 +478,9 @@ class Mask:
         return chosen, total
 
     def density(self, allowed: Allowed) -> float:
-        """Selected allowed keys over allowed keys, in [0, 1]; 0 if nothing is allowed. Waits for the device."""
+        """Selected allowed keys over allowed keys, in [0, 1]; 0 if nothing is allowed. Waits for
+        the device.
+        """
         chosen, total = self.counts(allowed)
         rows = self.shape[:3]
         whole = int(total.expand(rows).sum())
@@ -471,7 +488,9 @@ class Mask:
 
 
 def spread_heads(tensor: Tensor, heads: int) -> Tensor:
-    """Give each query head its row: ``(batch, heads', ...)`` to ``(batch, heads, ...)`` for heads' | heads."""
+    """Give each query head its row: ``(batch, heads', ...)`` to ``(batch, heads, ...)`` for heads'
+    | heads.
+    """
     own = tensor.shape[1]
     return tensor if own == heads else tensor.repeat_interleave(heads // own, dim=1)
 
@@ -483,7 +502,9 @@ def match_heads(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def ranges_length(ranges: Sequence[KeyRange], allowed: Allowed) -> Tensor:
-    """Length of the union of the ranges inside the allowed interval, int64 ``(batch | 1, 1, query_len | 1)``."""
+    """Length of the union of the ranges inside the allowed interval, int64 ``(batch | 1, 1,
+    query_len | 1)``.
+    """
     pairs = [torch.broadcast_tensors(r.start, r.stop, allowed.start, allowed.stop) for r in ranges]
     shape = torch.broadcast_shapes(*(p[0].shape for p in pairs))
     starts = torch.stack([torch.maximum(p[0], p[2]).expand(shape) for p in pairs], dim=-1)

@@ -23,13 +23,14 @@ class Capabilities:
         stochastic: It samples; a pipeline has at most one such step.
         prunes: It may remove keys that earlier steps selected (Twilight).
         restricts: It removes only what may not be attended anyway (an AND, such as `causal`).
-        position_only: Its choice depends on positions alone, not on query, key, value or layer; the core then
-            computes it once per forward pass instead of once per layer.
+        position_only: Its choice depends on positions alone, not on query, key, value or layer; the
+            core then computes it once per forward pass instead of once per layer.
         shares_layers: It hands choices from layer to layer through ``request_state``.
         page_granular: It selects whole pages.
-        unbounded: Its budget depends on the content (top-p, adaptive), so that the capacity is not known.
-        needs: Optional inputs that it reads: ``hidden_states``, ``query_pre_rope``, ``key_pre_rope``,
-            ``window_queries``, ``lse``.
+        unbounded: Its budget depends on the content (top-p, adaptive), so that the capacity is not
+            known.
+        needs: Optional inputs that it reads: ``hidden_states``, ``query_pre_rope``,
+            ``key_pre_rope``, ``window_queries``, ``lse``.
     """
 
     stochastic: bool = False
@@ -46,11 +47,12 @@ class Capabilities:
 class Masker:
     """Base of all maskers.
 
-    Subclasses are attrs-frozen classes whose fields are their parameters (`sah_core.param`), carry the registered
-    ``name`` and override `add_mask`. Whatever changes from call to call is an argument, never an attribute.
+    Subclasses are attrs-frozen classes whose fields are their parameters (`sah_core.param`), carry
+    the registered ``name`` and override `add_mask`. Whatever changes from call to call is an
+    argument, never an attribute.
 
-    The state hooks are optional. ``append`` sees every key once, in order, in any chunking, before `add_mask` sees
-    it; ``end_prefill`` is called once, when the context is complete.
+    The state hooks are optional. ``append`` sees every key once, in order, in any chunking, before
+    `add_mask` sees it; ``end_prefill`` is called once, when the context is complete.
     """
 
     name: ClassVar[str]
@@ -64,12 +66,15 @@ class Masker:
             previous: What earlier steps selected; not to be edited.
 
         Returns:
-            ``previous`` united with this method's selection (less for steps that declare ``prunes``).
+            ``previous`` united with this method's selection (less for steps that declare
+            ``prunes``).
         """
         raise NotImplementedError
 
     def init_state(self, layer: LayerInfo) -> State | None:
-        """Create this step's state for one layer of a request; None (the default) for stateless maskers."""
+        """Create this step's state for one layer of a request; None (the default) for stateless
+        maskers.
+        """
         return None
 
     def append(self, state: Any, key: Tensor, value: Tensor, start: int | Tensor) -> None:
@@ -79,12 +84,14 @@ class Masker:
             state: What `init_state` returned.
             key: New keys ``(batch, kv_heads, new, head_dim)``.
             value: New values ``(batch, kv_heads, new, value_dim)``.
-            start: Key index of the first of them; an int32 tensor ``(1,)`` under graph capture, where ``new`` is
-                1 and nothing may depend on a Python length.
+            start: Key index of the first of them; an int32 tensor ``(1,)`` under graph capture,
+                where ``new`` is 1 and nothing may depend on a Python length.
         """
 
     def end_prefill(self, state: Any, inputs: Inputs) -> None:
-        """The context is complete: ``inputs`` holds its keys and values, and no query rows unless declared."""
+        """The context is complete: ``inputs`` holds its keys and values, and no query rows unless
+        declared.
+        """
 
     def after_attention(self, state: Any, inputs: Inputs, mask: Mask, lse: Tensor | None) -> None:
         """Feedback after the attention was computed (accumulated scores of the eviction family)."""

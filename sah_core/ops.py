@@ -1,7 +1,7 @@
 """The scoring primitives that maskers use, in their reference form.
 
-Maskers reach them through ``inputs.ops`` only. A backend may override some with faster forms that give the same
-result; the tests of a backend run over its ops too.
+Maskers reach them through ``inputs.ops`` only. A backend may override some with faster forms that
+give the same result; the tests of a backend run over its ops too.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ class Ops:
         """The best-scored candidates of each row; of equal scores the lower index wins.
 
         Args:
-            scores: float32 ``(batch, heads, query_len, candidates)``; -inf is never chosen. Not changed.
+            scores: float32 ``(batch, heads, query_len, candidates)``; -inf is never chosen. Not
+                changed.
             capacity: Entries per row in the result.
-            count: How many to choose per row, int32 broadcastable to ``(batch, heads, query_len)``, at most
-                ``capacity``; None = ``capacity``.
+            count: How many to choose per row, int32 broadcastable to ``(batch, heads, query_len)``,
+                at most ``capacity``; None = ``capacity``.
             start: First candidate key per row, int32 ``(batch | 1, heads | 1, query_len | 1)``;
                 None = 0.
             stop: One past the last candidate key per row, likewise; None = all.
@@ -69,8 +70,9 @@ class Ops:
             origin: Key index of page 0 per sequence, int32 ``(batch | 1,)``; None = 0.
 
         Returns:
-            int32 indices ``(batch, heads, query_len, capacity)``, the chosen ones first and -1 after them, and
-            how many were chosen, int32 ``(batch, heads, query_len)``. The order of the chosen is not promised.
+            int32 indices ``(batch, heads, query_len, capacity)``, the chosen ones first and -1
+            after them, and how many were chosen, int32 ``(batch, heads, query_len)``. The order of
+            the chosen is not promised.
         """
         candidates = scores.shape[-1]
         if page_size > 1:
@@ -152,15 +154,17 @@ class Ops:
             first: Key index of the start of page 0 per sequence, int ``(batch | 1,)``; None = 0.
 
         Returns:
-            Two tensors ``(batch, kv_heads, pages, head_dim)`` with ``pages = ceil(key_len / page_size)``. The
-            last page covers the keys there are; a page without keys has bounds (+inf, -inf).
+            Two tensors ``(batch, kv_heads, pages, head_dim)`` with ``pages = ceil(key_len /
+            page_size)``. The last page covers the keys there are; a page without keys has bounds
+            (+inf, -inf).
         """
         batch, kv_heads, key_len, head_dim = key.shape
         pages = -(-key_len // page_size)
         shape = (batch, kv_heads, pages, page_size, head_dim)
         if first is None:
             whole = key_len // page_size
-            body = key[:, :, : whole * page_size].unflatten(2, (whole, page_size))
+            body = key[:, :, : whole * page_size]
+            body = body.reshape(batch, kv_heads, whole, page_size, head_dim)
             low, high = body.amin(dim=3), body.amax(dim=3)
             if whole < pages:
                 tail = key[:, :, whole * page_size :]
@@ -237,7 +241,8 @@ class Ops:
             page, inside = divmod(start + done, page_size)
             whole = 0 if inside else (key.shape[2] - done) // page_size
             if whole:
-                body = key[:, :, done : done + whole * page_size].unflatten(2, (whole, page_size))
+                body = key[:, :, done : done + whole * page_size]
+                body = body.reshape(*key.shape[:2], whole, page_size, key.shape[3])
                 low[:, :, page : page + whole] = body.amin(dim=3)
                 high[:, :, page : page + whole] = body.amax(dim=3)
                 done += whole * page_size
@@ -266,7 +271,8 @@ class Ops:
             bits: Below 16, the bounds of each page are first rounded to that many bits.
 
         Returns:
-            float32 ``(batch, heads, query_len, pages)``, or ``(batch, kv_heads, query_len, pages)`` when reduced.
+            float32 ``(batch, heads, query_len, pages)``, or ``(batch, kv_heads, query_len, pages)``
+            when reduced.
         """
         batch, heads, query_len, head_dim = query.shape
         kv_heads = low.shape[1]
@@ -289,7 +295,8 @@ class Ops:
 
 
 def round_to_bits(tensor: Tensor, bits: int) -> Tensor:
-    """Round each vector of the last dimension to ``2**bits`` levels from its minimum to its maximum.
+    """Round each vector of the last dimension to ``2**bits`` levels from its minimum to its
+    maximum.
 
     The asymmetric quantisation of label caches, applied and undone: float in, float out.
     """

@@ -1,7 +1,8 @@
 """Attaching a pipeline to a transformers model, and taking it off again.
 
-Attention and mask function are registered once, under one name. Attaching switches the model to that name and
-notes which session its attention modules belong to; leaving the context restores both, whatever happened inside.
+Attention and mask function are registered once, under one name. Attaching switches the model to
+that name and notes which session its attention modules belong to; leaving the context restores
+both, whatever happened inside.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """The function behind transformers' attention interface.
 
-    A model that merely shares its configuration object with an attached one ends up here too; it runs dense.
+    A model that merely shares its configuration object with an attached one ends up here too; it
+    runs dense.
     """
     session = _sessions.get(id(module))
     if session is None:
@@ -58,8 +60,8 @@ def attach(
 ) -> Iterator[Session]:
     """Run a model's attention through a pipeline for the duration of a ``with`` block.
 
-    The model is restored on every exit, errors and Ctrl-C included. Blocks may be nested; the innermost one of a
-    model counts. For the pipeline ``dense`` nothing is patched.
+    The model is restored on every exit, errors and Ctrl-C included. Blocks may be nested; the
+    innermost one of a model counts. For the pipeline ``dense`` nothing is patched.
 
     Args:
         model: A transformers causal language model.

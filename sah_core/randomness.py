@@ -1,9 +1,9 @@
 """Counter-based random numbers: a pure function of where they are used, with no generator state.
 
-The same (seed, pipeline step, layer, head, query position, key position, draw) always gives the same number, on
-every device, in any order, batch or chunking. Rolling back, resuming and graph capture therefore need nothing.
-The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number
-generators, OOPSLA 2014), applied once per counter word.
+The same (seed, pipeline step, layer, head, query position, key position, draw) always gives the
+same number, on every device, in any order, batch or chunking. Rolling back, resuming and graph
+capture therefore need nothing. The mixing function is the finaliser of SplitMix64 (Steele, Lea,
+Flood: Fast splittable pseudorandom number generators, OOPSLA 2014), applied once per counter word.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Random:
         Args:
             heads: Number of query heads.
             query_position: int ``(batch | 1, query_len)``, counted from the first real key.
-            key_position: int, broadcastable to ``(batch, heads, query_len, count)``, counted likewise.
+            key_position: int, broadcastable to ``(batch, heads, query_len, count)``, counted
+                likewise.
             draw: Distinguishes several numbers at one place.
 
         Returns:
@@ -73,6 +74,8 @@ class Random:
     def uniform(
         self, heads: int, query_position: Tensor, key_position: Tensor, draw: int = 0
     ) -> Tensor:
-        """Uniform numbers in the open interval (0, 1), float32; the arguments and shape are those of `bits`."""
+        """Uniform numbers in the open interval (0, 1), float32; the arguments and shape are those
+        of `bits`.
+        """
         top = _shift_right(self.bits(heads, query_position, key_position, draw), 41)
         return (top.to(torch.float32) + 0.5) * 2.0**-23

@@ -21,22 +21,26 @@ def _questions(value: str | Sequence[str]) -> str | tuple[str, ...]:
 class Request:
     """One context and the questions about it.
 
-    The prompt of a question is ``context + separator + question``, in the chat template if there is one (the answer
-    prefix then follows the assistant header), else followed by ``separator + answer_prefix``.
+    The prompt of a question is ``context + separator + question``, in the chat template if there is
+    one (the answer prefix then follows the assistant header), else followed by ``separator +
+    answer_prefix``.
 
     Attributes:
         context: Read once for all questions.
         questions: One question, or several; the response has the same form.
-        answer_prefix: Start of the answer, put into the model's mouth; one for all questions or one for each.
-        separator: Between context and question, and before the answer prefix where there is no template.
-            Benchmarks whose prompts are exact set it to "".
+        answer_prefix: Start of the answer, put into the model's mouth; one for all questions or one
+            for each.
+        separator: Between context and question, and before the answer prefix where there is no
+            template. Benchmarks whose prompts are exact set it to "".
         chat: Use the tokenizer's chat template; None = if it has one.
-        truncation: How a context longer than ``max_context_length`` is cut: ``middle`` keeps its two ends, ``head``
-            its start, ``none`` refuses. None = ``middle`` where a length is given.
+        truncation: How a context longer than ``max_context_length`` is cut: ``middle`` keeps its
+            two ends, ``head`` its start, ``none`` refuses. None = ``middle`` where a length is
+            given.
         system: System message, for chat templates only.
 
     Raises:
-        RequestError: For an empty question, a prefix count that does not fit, or an unknown truncation.
+        RequestError: For an empty question, a prefix count that does not fit, or an unknown
+            truncation.
     """
 
     context: str

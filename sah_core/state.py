@@ -1,7 +1,8 @@
 """State that maskers keep per request, layer and pipeline step.
 
-A state is append-only wherever it can be: its tensors are preallocated, written in place and cut back by length,
-so that a snapshot costs nothing. What is not append-only is copied into the snapshot.
+A state is append-only wherever it can be: its tensors are preallocated, written in place and cut
+back by length, so that a snapshot costs nothing. What is not append-only is copied into the
+snapshot.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class State(Protocol):
 class GrowingBuffer:
     """A tensor that grows along one dimension, written in place.
 
-    Room is taken ahead, so that appending a token copies that token and nothing else; only `view` of the filled
-    part is handed out.
+    Room is taken ahead, so that appending a token copies that token and nothing else; only `view`
+    of the filled part is handed out.
     """
 
     def __init__(self, dim: int = 2, capacity: int = 0) -> None:

@@ -9,7 +9,9 @@ from sah_core import Backend, Inputs, Mask, Problem, hookimpl
 
 
 class Eager(Backend):
-    """Dense logits, the mask applied as it is defined, softmax in float32 (float64 inputs stay float64)."""
+    """Dense logits, the mask applied as it is defined, softmax in float32 (float64 inputs stay
+    float64).
+    """
 
     name: ClassVar[str] = "eager"
     rank: ClassVar[int] = 0

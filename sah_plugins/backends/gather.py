@@ -1,8 +1,8 @@
 """Gather: pure torch, reads the selected keys and nothing else.
 
-Ranges are read as slices of the cache, selected keys by row index; logits, weights and temporaries have the size
-of the selection. On a GPU, where reading the ends of a range would wait for the device, ranges become indices of a
-capacity that the host knows.
+Ranges are read as slices of the cache, selected keys by row index; logits, weights and temporaries
+have the size of the selection. On a GPU, where reading the ends of a range would wait for the
+device, ranges become indices of a capacity that the host knows.
 """
 
 from collections.abc import Iterator
@@ -25,8 +25,10 @@ class Piece:
     """A part of the selection, ready for the softmax.
 
     Attributes:
-        logits: ``(batch, heads, query_len, count)`` with ``-log p`` added and -inf at what is not selected.
-        value: ``(batch, selections, 1 | query_len, count, value_dim)``: the values that belong to the logits.
+        logits: ``(batch, heads, query_len, count)`` with ``-log p`` added and -inf at what is not
+            selected.
+        value: ``(batch, selections, 1 | query_len, count, value_dim)``: the values that belong to
+            the logits.
     """
 
     logits: Tensor
@@ -83,7 +85,9 @@ def join(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def sequences(inputs: Inputs, mask: Mask) -> Iterator[tuple[Inputs, Mask]]:
-    """The call as it is if all sequences share their limits and ranges, else one sequence at a time."""
+    """The call as it is if all sequences share their limits and ranges, else one sequence at a
+    time.
+    """
     limits = [inputs.allowed.start, inputs.allowed.stop]
     limits += [t for r in mask.ranges for t in (r.start_base, r.stop_base)]
     if all(t.shape[0] == 1 for t in limits):
@@ -212,7 +216,7 @@ def slice_pieces(inputs: Inputs, mask: Mask, query: Tensor) -> Iterator[Piece]:
 def row_spans(
     allowed: Allowed, ranges: tuple[KeyRange, ...], query_len: int
 ) -> list[list[tuple[int, int]]]:
-    """The disjoint key spans of every row, clipped to what is allowed; one list if all rows agree."""
+    """The disjoint, allowed key spans of every row; one list if all rows agree."""
     bounds = [allowed.bounds, *(r.bounds for r in ranges)]
     sides = [(starts[0], stops[0]) for starts, stops in bounds]
     if all(len(side) == 1 for pair in sides for side in pair):

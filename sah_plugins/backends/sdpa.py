@@ -1,8 +1,9 @@
-"""SDPA: torch's fused dense attention for everything that runs dense, without a mask tensor where none is needed.
+"""SDPA: torch's fused dense attention for everything that runs dense, without a mask tensor where
+none is needed.
 
-A full mask over causal, unpadded keys goes to the fused kernel as it is. Rows whose limits differ (a chunk on a
-cache, a sliding window, left padding) run in blocks of rows over the keys that the block can see, with a boolean
-mask of that size only.
+A full mask over causal, unpadded keys goes to the fused kernel as it is. Rows whose limits differ
+(a chunk on a cache, a sliding window, left padding) run in blocks of rows over the keys that the
+block can see, with a boolean mask of that size only.
 """
 
 from typing import ClassVar
@@ -86,7 +87,9 @@ def blocks(inputs: Inputs) -> list[Inputs]:
 
 
 def plain(inputs: Inputs, start: int, stop: int) -> Tensor:
-    """All rows see keys ``start`` to ``stop``: the group joins the query rows, so that KV is read once."""
+    """All rows see keys ``start`` to ``stop``: the group joins the query rows, so that KV is read
+    once.
+    """
     batch, heads, query_len, _ = inputs.query.shape
     if stop <= start:
         return inputs.value.new_zeros(batch, query_len, heads, inputs.value.shape[3])

@@ -2,9 +2,10 @@
 
 Ashish Vaswani and others: Attention Is All You Need, arXiv 1706.03762, section 3.2.3.
 
-Backends apply the allowed set (causality, left padding, the model's window) to every mask anyway; this step makes
-the intersection explicit where a mask leaves the framework, or where an earlier step should be seen clipped. It
-is an AND: it only ever removes, and nothing after it can re-admit a forbidden key.
+Backends apply the allowed set (causality, left padding, the model's window) to every mask anyway;
+this step makes the intersection explicit where a mask leaves the framework, or where an earlier
+step should be seen clipped. It is an AND: it only ever removes, and nothing after it can re-admit a
+forbidden key.
 
 Costs O(selected) per query and no memory.
 """

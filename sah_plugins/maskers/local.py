@@ -1,7 +1,8 @@
 """Local: a window of the most recent tokens.
 
-Iz Beltagy, Matthew E. Peters, Arman Cohan: Longformer: The Long-Document Transformer, arXiv 2004.05150, section
-3.1, in its causal form; with `sink` the mask of StreamingLLM (arXiv 2309.17453).
+Iz Beltagy, Matthew E. Peters, Arman Cohan: Longformer: The Long-Document Transformer, arXiv
+2004.05150, section 3.1, in its causal form; with `sink` the mask of StreamingLLM (arXiv
+2309.17453).
 
 Differs from the paper in nothing that a mask can express. Costs nothing per query and no memory.
 """

@@ -1,10 +1,11 @@
 """Oracle top-k: the keys with the highest true attention logits.
 
-The upper bound that every top-k method approximates; for example Aditya Desai and others: HashAttention: Semantic
-Sparsity for Faster Inference, arXiv 2412.14468, section 3 (the oracle of their comparison).
+The upper bound that every top-k method approximates; for example Aditya Desai and others:
+HashAttention: Semantic Sparsity for Faster Inference, arXiv 2412.14468, section 3 (the oracle of
+their comparison).
 
-Chooses among the allowed keys that are not selected yet, so its budget comes on top of sink and window. Scores are
-computed in float32 and equal scores go to the lower index.
+Chooses among the allowed keys that are not selected yet, so its budget comes on top of sink and
+window. Scores are computed in float32 and equal scores go to the lower index.
 
 Differs from no paper: it is a definition. Reads every key once per query; keeps no state.
 """

@@ -175,7 +175,8 @@ class Quest(Masker):
         if allowed.keep is not None:
             open_pages = pages_with_a_key(allowed.keep, allowed.first, self.page_size, there)
             if open_pages.shape[1] not in (1, heads):
-                open_pages = open_pages.unflatten(1, (heads, -1)).any(dim=2)
+                batch, _, query_len, _ = open_pages.shape
+                open_pages = open_pages.reshape(batch, heads, -1, query_len, there).any(dim=2)
             scores = scores.masked_fill(~open_pages, float("-inf"))
         return inputs.ops.masked_topk(
             scores,
@@ -192,10 +193,10 @@ def pages_with_a_key(keep: Tensor, first: Tensor, page_size: int, pages: int) ->
     """Whether a page has a key to attend, bool ``(batch, heads | 1, query_len, pages)``."""
     key_len = keep.shape[-1]
     key = torch.arange(pages * page_size, device=keep.device) + first.long().view(-1, 1)
-    lead = torch.broadcast_shapes(keep.shape[:3], (key.shape[0], 1, 1))
+    lead = (max(keep.shape[0], key.shape[0]), *keep.shape[1:3])
     index = key.clamp(max=key_len - 1)[:, None, None].expand(*lead, -1)
     inside = keep.expand(*lead, key_len).gather(-1, index) & (key < key_len)[:, None, None]
-    return inside.unflatten(-1, (pages, page_size)).any(dim=-1)
+    return inside.view(*lead, pages, page_size).any(dim=-1)
 
 
 @hookimpl

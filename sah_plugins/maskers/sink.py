@@ -1,10 +1,10 @@
 """Sink: the first tokens of the sequence, which softmax uses as a drain.
 
-Guangxuan Xiao, Yuandong Tian, Beidi Chen, Song Han, Mike Lewis: Efficient Streaming Language Models with
-Attention Sinks, arXiv 2309.17453, section 3.
+Guangxuan Xiao, Yuandong Tian, Beidi Chen, Song Han, Mike Lewis: Efficient Streaming Language Models
+with Attention Sinks, arXiv 2309.17453, section 3.
 
-Differs from the paper in keeping the model's positions: nothing is evicted, so nothing is re-indexed.
-Costs nothing per query and no memory.
+Differs from the paper in keeping the model's positions: nothing is evicted, so nothing is
+re-indexed. Costs nothing per query and no memory.
 """
 
 from typing import ClassVar

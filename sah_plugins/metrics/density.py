@@ -1,9 +1,10 @@
 """Density: selected keys over allowed keys, of a whole run.
 
-Sums over all layers and all rows of the phases that run sparse; layers that stay dense count as 1. Every key counts
-once, whatever its probability.
+Sums over all layers and all rows of the phases that run sparse; layers that stay dense count as 1.
+Every key counts once, whatever its probability.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from sah_core import Inputs, Mask, hookimpl
@@ -28,7 +29,11 @@ class Density:
         """Count one layer of one forward pass; nothing waits for the device."""
         last = self._last
         same_limits = last is not None and last[0] is inputs.allowed
-        if last is not None and same_limits and (last[1] is mask or (mask.is_full and last[1].is_full)):
+        if (
+            last is not None
+            and same_limits
+            and (last[1] is mask or (mask.is_full and last[1].is_full))
+        ):
             selected, allowed = last[2], last[3]
         else:
             chosen, total = mask.counts(inputs.allowed)
@@ -42,6 +47,14 @@ class Density:
     def result(self) -> dict[str, float | int]:
         """Density in [0, 1] (1 when nothing ran sparse) and the two sums."""
         selected, allowed = int(self._selected), int(self._allowed)
+        density = selected / allowed if allowed else 1.0
+        return {"density": density, "selected": selected, "allowed": allowed}
+
+    @staticmethod
+    def combine(results: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+        """Result of a run from those of its samples: sums, and the density that they give."""
+        selected = sum(result["selected"] for result in results)
+        allowed = sum(result["allowed"] for result in results)
         density = selected / allowed if allowed else 1.0
         return {"density": density, "selected": selected, "allowed": allowed}
 

@@ -1,4 +1,6 @@
-"""The adapter for transformers models: one prefill per context, any number of questions and pipelines on it."""
+"""The adapter for transformers models: one prefill per context, any number of questions and
+pipelines on it.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ class Prefilled:
         cache: The KV cache.
         base: Its snapshot after the context.
         seconds: Time of the prefill.
-        session: The session that ran it if the prefill was sparse, else None; only that pipeline can then answer.
+        session: The session that ran it if the prefill was sparse, else None; only that pipeline
+            can then answer.
         sessions: States built on this context, per pipeline, and their snapshots.
     """
 
@@ -147,10 +150,11 @@ class HuggingFaceAdapter:
 
         Args:
             request: Context and questions.
-            generation_kwargs: For transformers' ``generate``; not changed. Greedy decoding of at most 64 new
-                tokens unless it says otherwise.
-            request_kwargs: ``max_context_length`` (tokens of context kept), ``truncation`` (middle, head or none),
-                ``chat`` (use the chat template) and ``prefill_chunk_size`` (tokens per prefill step).
+            generation_kwargs: For transformers' ``generate``; not changed. Greedy decoding of at
+                most 64 new tokens unless it says otherwise.
+            request_kwargs: ``max_context_length`` (tokens of context kept), ``truncation`` (middle,
+                head or none), ``chat`` (use the chat template) and ``prefill_chunk_size`` (tokens
+                per prefill step).
             observers: Objects with observer hooks.
 
         Returns:
@@ -302,7 +306,7 @@ class HuggingFaceAdapter:
         session: Session | None,
         chunk: int | None = None,
     ) -> None:
-        """Run context tokens through the model: dense as the model does it, or through a session."""
+        """Run context tokens through the model, as it is or through a session."""
         step = chunk or max(1, len(ids))
         for begin in range(0, len(ids), step):
             piece = torch.tensor([ids[begin : begin + step]], device=self.device)
@@ -374,7 +378,9 @@ class HuggingFaceAdapter:
         )
 
     def _generation_options(self, generation_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The caller's options with defaults filled in: greedy, every EOS that model or tokenizer declare."""
+        """The caller's options with defaults filled in: greedy, every EOS that model or tokenizer
+        declare.
+        """
         options = dict(generation_kwargs or {})
         options.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS)
         room = options["max_new_tokens"]

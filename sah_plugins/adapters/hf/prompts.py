@@ -1,4 +1,6 @@
-"""From a request to token ids: one tokenisation of the whole prompt, and where the context ends in it."""
+"""From a request to token ids: one tokenisation of the whole prompt, and where the context ends in
+it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ class Prompt:
 
     Attributes:
         ids: Token ids of the whole prompt, tokenised in one go.
-        context_tokens: How many leading tokens lie inside the context (template head and BOS included).
+        context_tokens: How many leading tokens lie inside the context (template head and BOS
+            included).
     """
 
     ids: tuple[int, ...]
@@ -41,7 +44,8 @@ def build_prompts(
         chat: Overrides the request's.
 
     Raises:
-        ContextTooLongError: If the context is longer than ``max_context_length`` and may not be cut.
+        ContextTooLongError: If the context is longer than ``max_context_length`` and may not be
+            cut.
         RequestError: If the chat template does not exist, or does not contain the context as it is.
     """
     chat = request.chat if chat is None else chat
@@ -102,7 +106,9 @@ def build_prompt(
 
 
 def find_body(text: str, body: str) -> tuple[int, int]:
-    """Where the user's text starts in the rendered template, and how many leading characters it lost there."""
+    """Where the user's text starts in the rendered template, and how many leading characters it
+    lost there.
+    """
     for candidate in (body, body.rstrip(), body.strip()):
         at = text.rfind(candidate)
         if at >= 0:
