@@ -297,8 +297,11 @@ def _pipelines(values: _Values) -> tuple[Pipeline, ...]:
             raise place.at("name").error(
                 f"{short_repr(pipeline.name)} is not allowed: expected a text."
             )
-        if not pipeline.is_dense and pipeline.backend == "auto":
-            pipeline = attrs.evolve(pipeline, backend=backend)
+        label = " ".join(value.split()) if isinstance(value, str) else None
+        if not pipeline.is_dense and pipeline.backend == "auto" and backend != "auto":
+            pipeline, label = attrs.evolve(pipeline, backend=backend), None
+        if pipeline.name is None and label is not None:
+            pipeline = attrs.evolve(pipeline, name=label)  # tables show it as it was written
         found.append((pipeline, place))
     return _distinct(found, lambda pipeline: pipeline.text)
 

@@ -26,41 +26,59 @@ def console() -> Console:
 
 
 def results_table(results: Sequence[CellResult]) -> Table:
-    """One row per cell; the text of pipelines is folded, never cut."""
+    """One row per cell; the text of pipelines is folded, never cut.
+
+    A model or benchmark that all rows share stands above the table.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    scores = {result.main_score for result in results}
-    score_header = f"{next(iter(scores))} %" if len(scores) == 1 else "score %"
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("model", overflow="fold")
-    table.add_column("benchmark", overflow="fold")
-    table.add_column("pipeline", overflow="fold", ratio=1)
-    for name in (score_header, "density", "prefill s", "decode s", "n"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("saving", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    for result in results:
-        score = number(result.score, ".1f")
-        if len(scores) > 1:
-            score = f"{result.main_score} {score}"
-        cells = (
-            result.model,
-            f"{result.benchmark} {result.task}",
-            result.pipeline,
-            score,
-            number(result.density, ".4f"),
-            number(result.prefill_seconds, ".2f"),
-            number(result.decode_seconds, ".2f"),
-            str(result.samples),
-            result.saving,
-            result.status,
-        )
+    columns = _columns(results)
+    shared = [columns.pop(name)[0] for name in ("model", "benchmark") if _is_shared(columns[name])]
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        title=Text(", ".join(shared)) if shared else None,
+        title_justify="left",
+    )
+    for name in columns:
+        if name in ("model", "benchmark", "pipeline"):
+            table.add_column(name, overflow="fold", ratio=1 if name == "pipeline" else None)
+        else:
+            right = name not in ("saving", "status")
+            table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    for result, cells in zip(results, zip(*columns.values(), strict=True), strict=True):
         # Text, because the brackets of a pipeline would be read as markup.
         style = "red" if result.status == "failed" else ""
         table.add_row(*(Text(cell, style=style) for cell in cells))
     return table
+
+
+def _columns(results: Sequence[CellResult]) -> dict[str, list[str]]:
+    """The texts of the table by column."""
+    names = {result.main_score for result in results}
+    header = f"{next(iter(names))} %" if len(names) == 1 else "score %"
+    scores = [_number(result.score, ".1f") for result in results]
+    if len(names) > 1:
+        scores = [f"{r.main_score} {score}" for r, score in zip(results, scores, strict=True)]
+    return {
+        "model": [result.model for result in results],
+        "benchmark": [f"{result.benchmark} {result.task}" for result in results],
+        "pipeline": [result.pipeline for result in results],
+        header: scores,
+        "density": [_number(result.density, ".4f") for result in results],
+        "prefill s": [_number(result.prefill_seconds, ".2f") for result in results],
+        "decode s": [_number(result.decode_seconds, ".2f") for result in results],
+        "n": [str(result.samples) for result in results],
+        "saving": [result.saving for result in results],
+        "status": [result.status for result in results],
+    }
+
+
+def _is_shared(texts: Sequence[str]) -> bool:
+    return len(set(texts)) == 1
 
 
 def print_results(results: Sequence[CellResult], output: Any, console: Console) -> None:
@@ -81,6 +99,6 @@ def print_results(results: Sequence[CellResult], output: Any, console: Console) 
     console.print(f"results: {output}", markup=False, soft_wrap=True)
 
 
-def number(value: float | None, form: str) -> str:
+def _number(value: float | None, form: str) -> str:
     """A number as text, a dash if there is none."""
     return "-" if value is None else format(value, form)

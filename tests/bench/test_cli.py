@@ -1,0 +1,212 @@
+"""The command line as a whole: start-up, errors, exit codes."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from sah_bench import cli
+from sah_core.errors import ModelNotFoundError
+
+pytestmark = pytest.mark.unit
+
+HEAVY = ("torch", "transformers", "ray", "datasets")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.main, arguments)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["plugins", "list"], ["plugins", "list", "--json"], ["run", "-h"]],
+)
+def test_quick_commands_import_nothing_heavy(arguments):
+    code = (
+        "import sys, atexit\n"
+        "from sah_bench.cli import main\n"
+        f"atexit.register(lambda: print([m for m in {HEAVY} if m in sys.modules],"
+        " file=sys.stderr))\n"
+        f"main({arguments})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout
+    assert done.stderr == "[]\n"
+
+
+def test_help_shows_the_help_of_every_command():
+    text = invoke("--help").output
+    for name, (_, line) in cli.COMMANDS.items():
+        command = cli.main.get_command(click.Context(cli.main), name)
+        assert command.name == name
+        assert re.search(rf"^  {name} +{re.escape(line)}$", text, re.MULTILINE)
+
+
+def test_version_is_that_of_the_distribution():
+    assert re.fullmatch(r"sah-bench \d+\.\d+\.\d+\S*\n", invoke("--version").output)
+
+
+def test_unknown_command_suggests_the_nearest():
+    result = invoke("pluggins")
+    assert result.exit_code == 2
+    assert "no command named 'pluggins'. did you mean 'plugins'?" in result.stderr
+
+
+def test_unknown_option_exits_with_2():
+    assert invoke("run", "--modle", "x").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["plugins", "show", "snk"], "error: no plugin named 'snk'. did you mean 'sink'?"),
+        (["run", "absent.yaml"], "error: absent.yaml: cannot be read: No such file"),
+        (["run"], "error: sah-bench run: give at least one pipeline"),
+        (["verify", "maskers", "absent"], "error: 'absent' is no golden case"),
+        (["run", "--limit", "0", "--pipeline", "dense"], "error: sah-bench run: give at least one"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, line):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith(line)
+
+
+class Failing(click.Command):
+    def __init__(self, error):
+        super().__init__("env")
+        self.error = error
+
+    def invoke(self, ctx):
+        raise self.error
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    def replace(error):
+        monkeypatch.setattr(cli.LazyGroup, "get_command", lambda *_: Failing(error))
+
+    return replace
+
+
+def test_fault_is_one_line_and_exit_code_1(failing):
+    failing(ZeroDivisionError("division\nby zero"))
+    result = invoke("env")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: ZeroDivisionError: division by zero. run it with --debug for the traceback.\n"
+    )
+
+
+def test_debug_lets_the_traceback_through(failing):
+    failing(ModelNotFoundError("x", "why"))
+    result = invoke("--debug", "env")
+    assert isinstance(result.exception, ModelNotFoundError)
+
+
+def test_debug_may_stand_behind_the_command():
+    result = invoke("run", "absent.yaml", "--debug")
+    assert type(result.exception).__name__ == "ExperimentError"
+
+
+def test_interrupt_exits_with_130_and_says_that_samples_are_kept(failing):
+    failing(KeyboardInterrupt())
+    result = invoke("env")
+    assert result.exit_code == 130
+    assert "finished samples are kept" in result.stderr
+
+
+@pytest.mark.integration
+def test_interrupt_of_a_run_keeps_its_samples(command, tmp_path):
+    arguments = ["run", "--adapter", "fake", "--model", "m", "--pipeline", "dense"]
+    arguments += ["--benchmark", "quiz(contexts=50)", "--task", "easy"]
+    process = command(*arguments, FAKE_SECONDS="0.05")
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("results/*/*/*/samples.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "finished samples are kept" in stderr
+    assert "Traceback" not in stderr
+    [samples] = tmp_path.glob("results/*/*/*/samples.jsonl")
+    assert samples.read_text().endswith("\n")
+
+
+def test_list_shows_kinds_names_states_and_distributions():
+    text = invoke("plugins", "list").output
+    assert "maskers\n" in text
+    assert re.search(r"^  sink +ok +sparse-attention-hub ", text, re.MULTILINE)
+
+
+def test_list_can_be_restricted_to_a_kind():
+    entries = json.loads(invoke("plugins", "list", "backends", "--json").output)
+    assert {entry["kind"] for entry in entries} == {"backend"}
+    assert invoke("plugins", "list", "masker").output.startswith("maskers\n")
+
+
+def test_unknown_kind_suggests_the_nearest():
+    result = invoke("plugins", "list", "maskrs")
+    assert result.exit_code == 2
+    assert "did you mean 'maskers'?" in result.stderr
+
+
+@pytest.mark.integration
+def test_check_shows_what_is_broken_and_the_rest_goes_on(command, tmp_path):
+    info = tmp_path / "site" / "bad-2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 2.0\n")
+    (info / "entry_points.txt").write_text("[sah.maskers]\nworse = bad_module_absent\n")
+    listed = command("plugins", "list", "maskers")
+    text, _ = listed.communicate(timeout=60)
+    assert listed.returncode == 0
+    assert re.search(r"^  worse +ok +bad 2.0$", text, re.MULTILINE)
+    checked = command("plugins", "list", "maskers", "--check")
+    text, _ = checked.communicate(timeout=60)
+    assert checked.returncode == 1
+    assert re.search(r"^  worse +broken +bad 2.0 +ModuleNotFoundError", text, re.MULTILINE)
+    assert re.search(r"^  sink +ok", text, re.MULTILINE)
+    used = command("run", "--pipeline", "worse", "--model", "m", "--benchmark", "quiz")
+    _, stderr = used.communicate(timeout=60)
+    assert used.returncode == 2
+    assert stderr.startswith("error: --pipeline: masker 'worse' of distribution 'bad'")
+    assert stderr.count("\n") == 1
+
+
+def test_show_prints_parameters_and_paper():
+    text = invoke("plugins", "show", "sink").output
+    assert "arXiv 2309.17453" in text
+    assert "sink_size (size" in text
+    assert "default 128" in text
+    assert "search: one of 4, 16" in text
+
+
+def test_show_prints_json_with_a_schema():
+    facts = json.loads(invoke("plugins", "show", "sink", "--json").output)
+    assert facts["kind"] == "masker"
+    assert facts["parameters"][0]["name"] == "sink_size"
+    assert facts["schema"]["properties"]["sink_size"]["default"] == 128
+    assert facts["capabilities"] == ["position only"]
+
+
+def test_show_takes_the_kind_where_a_name_is_of_several(fakes):
+    assert invoke("plugins", "show", "quiz", "--kind", "benchmark").exit_code == 0
+    assert invoke("plugins", "show", "quiz", "--kind", "maskers").exit_code == 2
+
+
+def test_env_names_versions_devices_and_models():
+    facts = json.loads(invoke("env", "--json").output)
+    assert facts["libraries"]["torch"]
+    assert facts["devices"][0].startswith("cpu")
+    assert "smollm2-135m" in facts["models"]
+    text = invoke("env").output
+    assert "torch: " in text
+    assert "cache folder: " in text

@@ -1,0 +1,382 @@
+"""Running experiments: shared prefills, faults, resuming."""
+
+import json
+import signal
+import time
+
+import attrs
+import pytest
+from click.testing import CliRunner
+
+from sah_bench.cli import main
+from sah_bench.experiment import resolve
+from sah_bench.plan import planned_cells
+from sah_bench.progress import Silent
+from sah_bench.runner import exit_code, run_experiment
+from sah_core.errors import ModelNotFoundError
+
+pytestmark = pytest.mark.unit
+
+SPARSE = "sink(4) | local(8)"
+SPARSE_PREFILL = "sink(5) @ prefill=sparse"
+FAULTY = "sink(13)"
+INTERRUPTED = "sink(14)"
+
+
+@pytest.fixture
+def experiment(fakes, tmp_path):
+    def experiment(**changes):
+        document = {
+            "adapter": "fake",
+            "models": ["m"],
+            "pipelines": ["dense", SPARSE],
+            "benchmarks": ["quiz(contexts=2)"],
+            "tasks": ["easy"],
+            "metrics": ["asked", "density"],
+            "output": str(tmp_path / "results"),
+            **changes,
+        }
+        return resolve(document, path="e.yaml")
+
+    return experiment
+
+
+class Recorder(Silent):
+    def __init__(self):
+        self.expected, self.advanced, self.notes = [], 0, []
+
+    def expect(self, samples):
+        self.expected.append(samples)
+
+    def advance(self):
+        self.advanced += 1
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+def run(experiment, **options):
+    return run_experiment(experiment, Recorder(), **options)
+
+
+def calls(fakes, kind):
+    return [call for call in fakes.FakeAdapter.calls if call[0] == kind]
+
+
+def rows(result, name="samples.jsonl"):
+    return [json.loads(line) for line in (result.folder / name).read_text().splitlines()]
+
+
+def kept_bytes(folder):
+    names = ("samples.jsonl", "micro_metrics.jsonl", "metrics.json")
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for name in names
+        for path in folder.rglob(name)
+    }
+
+
+def test_every_pipeline_answers_every_example(experiment):
+    dense, sparse = run(experiment())
+    assert (dense.score, sparse.score) == (100.0, 0.0)
+    assert (dense.samples, sparse.samples) == (4, 4)
+    assert (dense.saving, sparse.saving) == ("none", "realised")
+    assert dense.prefill_seconds == 1.5
+    assert exit_code([dense, sparse]) == 0
+    assert [row["question"] for row in rows(dense)] == [row["question"] for row in rows(sparse)]
+
+
+def test_samples_hold_what_reading_and_scoring_them_needs(experiment):
+    dense, _ = run(experiment(seed=3))
+    first = rows(dense)[0]
+    assert first == {
+        "id": "0-0",
+        "context_id": "0",
+        "question": "question 0 of 0 seed 3",
+        "prediction": "3 dees 0 fo 0 noitseuq",
+        "references": ["3 dees 0 fo 0 noitseuq"],
+        "scores": {"accuracy": 100.0},
+        "facts": {"seed": 3},
+        "prompt_tokens": 12,
+        "context_tokens": 10,
+        "new_tokens": 2,
+        "finished": "eos",
+    }
+    assert rows(dense, "micro_metrics.jsonl")[0]["metrics"]["asked"] == {"questions": 1}
+    assert rows(dense, "timings.jsonl")[0]["prefill"] == 1.5
+
+
+def test_metrics_name_the_protocol_and_hold_no_timings(experiment):
+    _, sparse = run(experiment(max_context_length=100))
+    metrics = json.loads((sparse.folder / "metrics.json").read_text())
+    assert metrics["n"] == 4
+    assert metrics["scores"] == {"accuracy": 0.0}
+    assert metrics["micro_metrics"]["asked"] == {"questions": 1.0}
+    assert metrics["protocol"] == {
+        "chat": False,
+        "truncation": "none",
+        "prefix": "assistant",
+        "version": "1",
+        "sparse_phases": ["decode", "question"],
+        "max_context_length": 100,
+        "max_new_tokens": None,
+    }
+    assert "seconds" not in json.dumps(metrics)
+
+
+def test_one_prefill_per_context_serves_all_dense_prefills(experiment, fakes):
+    run(experiment(pipelines=["dense", SPARSE, "sink(6)", SPARSE_PREFILL]))
+    prefills = calls(fakes, "prefill")
+    assert [call[2] is None for call in prefills].count(True) == 2
+    own = [call[2] for call in prefills if call[2] is not None]
+    assert own == ["sink(sink_size=5) @ prefill=sparse"] * 2
+    assert len(calls(fakes, "load")) == 1
+
+
+def test_limit_counts_examples_and_more_go_on_in_the_same_cell(experiment, fakes):
+    first = run(experiment(limit=1))
+    assert [result.samples for result in first] == [1, 1]
+    fakes.FakeAdapter.calls.clear()
+    second = run(experiment(limit=3))
+    assert [result.folder for result in second] == [result.folder for result in first]
+    assert [row["id"] for row in rows(second[0])] == ["0-0", "0-1", "1-0"]
+    assert len(calls(fakes, "answer")) == 4
+    fakes.FakeAdapter.calls.clear()
+    assert [result.samples for result in run(experiment(limit=2))] == [3, 3]
+    assert not calls(fakes, "answer")
+
+
+def test_results_do_not_depend_on_the_way_to_them(experiment, tmp_path):
+    run(experiment(output=str(tmp_path / "at-once")))
+    run(experiment(output=str(tmp_path / "by-and-by"), limit=1))
+    run(experiment(output=str(tmp_path / "by-and-by"), limit=3, pipelines=[SPARSE]))
+    run(experiment(output=str(tmp_path / "by-and-by")))
+    assert kept_bytes(tmp_path / "at-once") == kept_bytes(tmp_path / "by-and-by")
+
+
+def test_only_pipelines_that_miss_samples_answer(experiment, fakes):
+    run(experiment(pipelines=["dense"]))
+    fakes.FakeAdapter.calls.clear()
+    run(experiment())
+    assert {call[1] for call in calls(fakes, "answer")} == {
+        "sink(sink_size=4) | local(window_size=8)"
+    }
+    fakes.FakeAdapter.calls.clear()
+    run(experiment())
+    assert not calls(fakes, "prefill")
+
+
+@pytest.mark.parametrize(
+    ("change", "is_same"),
+    [
+        ({"limit": 1}, True),
+        ({"device": "cuda"}, True),
+        ({"pipelines": [{"name": "label", "steps": "sink(4) | local(8)"}]}, True),
+        ({"models": ["another name of the same weights"]}, True),
+        ({"seed": 1}, False),
+        ({"dtype": "bfloat16"}, False),
+        ({"max_new_tokens": 3}, False),
+        ({"max_context_length": 3}, False),
+        ({"backend": "gather"}, False),
+        ({"generation": {"do_sample": True}}, False),
+        ({"benchmarks": ["quiz(contexts=3)"]}, False),
+        ({"metrics": ["asked"]}, False),
+    ],
+)
+def test_what_makes_another_cell(experiment, change, is_same):
+    [first] = run(experiment(pipelines=[SPARSE]))
+    [second] = run(experiment(**{"pipelines": [SPARSE], **change}))
+    assert (first.folder == second.folder) is is_same
+
+
+def test_source_of_an_unpackaged_plugin_is_part_of_the_cell(experiment, monkeypatch):
+    [first] = run(experiment(pipelines=[SPARSE]))
+    monkeypatch.setattr("sah_bench.identity._source_hash", lambda plugin: "changed")
+    [second] = run(experiment(pipelines=[SPARSE]))
+    assert first.folder != second.folder
+
+
+def test_new_tokens_are_those_of_each_example_unless_a_flag_replaces_them(experiment, fakes):
+    run(experiment(pipelines=["dense"]))
+    assert [call[3]["max_new_tokens"] for call in calls(fakes, "answer")] == [8, 9, 8, 9]
+    fakes.FakeAdapter.calls.clear()
+    generation = {"num_beams": 1}
+    plan = experiment(pipelines=["dense"], max_new_tokens=20, generation=generation)
+    run(plan)
+    assert {call[3]["max_new_tokens"] for call in calls(fakes, "answer")} == {20}
+    assert plan.generation == {"num_beams": 1}
+
+
+def test_max_context_length_reaches_the_adapter(experiment, fakes):
+    run(experiment(max_context_length=77))
+    assert calls(fakes, "prefill")[0][3] == {"max_context_length": 77}
+
+
+def test_a_fault_of_one_cell_is_recorded_and_does_not_stop_the_others(experiment):
+    faulty, dense = run(experiment(pipelines=[FAULTY, "dense"]))
+    assert (faulty.status, dense.status) == ("failed", "done")
+    assert faulty.message == "RuntimeError: boom"
+    recorded = json.loads((faulty.folder / "error.json").read_text())
+    assert recorded["kind"] == "fault"
+    assert 'raise RuntimeError("boom")' in recorded["traceback"]
+    assert exit_code([faulty, dense]) == 1
+
+
+def test_a_cell_that_failed_is_tried_again_on_demand(experiment, fakes):
+    run(experiment(pipelines=[FAULTY]))
+    fakes.FakeAdapter.calls.clear()
+    [result] = run(experiment(pipelines=[FAULTY]))
+    assert result.message.endswith("(earlier run; --rerun-failed tries again)")
+    assert not calls(fakes, "prefill")
+    [result] = run(experiment(pipelines=[FAULTY]), rerun_failed=True)
+    assert result.message == "RuntimeError: boom"
+    assert len(calls(fakes, "answer")) == 1
+
+
+def test_examples_that_cannot_be_made_fail_their_task_only(experiment):
+    results = run(experiment(tasks=["easy", "broken"]))
+    assert [result.status for result in results] == ["done", "done", "failed", "failed"]
+    assert results[2].message == "RuntimeError: no data"
+
+
+def test_bad_input_of_a_task_is_no_fault(experiment, fakes):
+    results = run(experiment(tasks=["long"]))
+    assert exit_code(results) == 2
+    assert all(result.message.startswith("the context is too long") for result in results)
+    assert len(calls(fakes, "prefill")) == 1
+    fakes.FakeAdapter.calls.clear()
+    run(experiment(tasks=["long"]))
+    assert len(calls(fakes, "prefill")) == 1
+
+
+def test_a_model_that_is_not_found_ends_the_run(experiment):
+    with pytest.raises(ModelNotFoundError):
+        run(experiment(models=["missing"]))
+
+
+def test_an_interrupt_is_no_fault_and_the_run_goes_on_later(experiment, monkeypatch, fakes):
+    plan = experiment(pipelines=[INTERRUPTED])
+    with pytest.raises(KeyboardInterrupt):
+        run(plan)
+    assert planned_cells(plan)[0].state.strip() == "begun, 2 samples"
+    answer = fakes.FakeAdapter.answer
+
+    def patient(self, prefilled, pipeline, *arguments, **options):
+        return answer(self, prefilled, attrs.evolve(pipeline, steps=()), *arguments, **options)
+
+    monkeypatch.setattr(fakes.FakeAdapter, "answer", patient)
+    [result] = run(plan)
+    assert result.samples == 4
+
+
+def test_observers_are_told_when_a_cell_begins(experiment, monkeypatch, fakes):
+    seen = []
+    init = fakes.Asked.__init__
+
+    def remember(self):
+        init(self)
+        seen.append(self)
+
+    monkeypatch.setattr(fakes.Asked, "__init__", remember)
+    run(experiment())
+    assert [observer.begun for observer in seen] == [1, 1]
+
+
+def test_progress_expects_what_is_missing_and_counts_it(experiment):
+    recorder = Recorder()
+    run(experiment(pipelines=["dense"], limit=1))
+    run_experiment(experiment(tasks=["easy"]), recorder)
+    assert recorder.expected == [7]
+    assert recorder.advanced == 7
+
+
+def test_plan_says_what_is_done_without_loading_a_model(experiment, fakes):
+    assert [cell.state.strip() for cell in planned_cells(experiment())] == ["new", "new"]
+    run(experiment(pipelines=["dense"]))
+    fakes.FakeAdapter.calls.clear()
+    cells = planned_cells(experiment())
+    assert [cell.state.strip() for cell in cells] == ["done, 4 samples", "new"]
+    assert [cell.is_done for cell in cells] == [True, False]
+    assert not fakes.FakeAdapter.calls
+
+
+def arguments(output, *more, task="easy"):
+    fixed = f"run --adapter fake --model m --benchmark quiz(contexts=4) --task {task}"
+    return [*fixed.split(), "--metric", "asked", "--output", str(output), *more]
+
+
+def test_command_ends_in_a_table_that_cuts_no_text(fakes, tmp_path):
+    long = "sink(1) | sink(2) | sink(3) | sink(4) | sink(5) | sink(6) | sink(7) | sink(8) | sink(9)"
+    layers = "sink(1) @ dense_layers=[0,1]"
+    options = ["--pipeline", "dense", "--pipeline", long, "--pipeline", layers]
+    result = CliRunner().invoke(main, arguments(tmp_path / "r", *options))
+    assert result.exit_code == 0
+    text = result.stdout
+    assert "m, quiz easy" in text
+    for word in ("accuracy %", "prefill s", "decode s", "100.0", layers, str(tmp_path / "r")):
+        assert word in text
+    cells = "".join(line[:60].strip() for line in text.splitlines())
+    assert long.replace(" ", "") in cells.replace(" ", "")
+    assert max(len(line) for line in text.splitlines() if "─" in line) <= 120
+    assert "[24/24 samples" in result.stderr
+
+
+def test_command_exits_with_2_and_one_line_for_bad_input(fakes, tmp_path):
+    options = ["--pipeline", "dense", "--pipeline", "sink(1)", "--no-progress"]
+    result = CliRunner().invoke(main, arguments(tmp_path / "r", *options, task="long"))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: the context is too long: 9000 tokens")
+    assert result.stderr.count("\n") == 1
+
+
+def test_command_exits_with_1_and_names_the_traceback(fakes, tmp_path):
+    options = ["--pipeline", FAULTY, "--no-progress"]
+    result = CliRunner().invoke(main, arguments(tmp_path / "r", *options))
+    assert result.exit_code == 1
+    assert "RuntimeError: boom (traceback: " in result.stdout
+    assert "error.json" in result.stdout
+    assert "Traceback" not in result.output
+
+
+def test_dry_run_writes_nothing(fakes, tmp_path):
+    options = ["--pipeline", "dense", "--dry-run"]
+    result = CliRunner().invoke(main, arguments(tmp_path / "r", *options))
+    assert result.exit_code == 0
+    assert result.stdout.startswith("new ")
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.integration
+def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(command, tmp_path):
+    options = ["--pipeline", "dense", "--pipeline", SPARSE, "--pipeline", SPARSE_PREFILL]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = command(*arguments(whole, *options))
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+
+    for kept in (3, 9):
+        process = command(*arguments(killed, *options), FAKE_SECONDS="0.05")
+        deadline = time.monotonic() + 60
+        while count(killed) < kept and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert kept <= count(killed) < 24
+        assert not list(killed.rglob("metrics.json"))
+    # The worst that a kill can leave: half a line in the file that counts.
+    torn = next(iter(killed.rglob("samples.jsonl")))
+    with torn.open("ab") as file:
+        file.write(b'{"id": "3-1", "context_id": "3", "quest')
+
+    process = command(*arguments(killed, *options))
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "/24 samples" not in stderr
+    assert len(kept_bytes(whole)) == 9
+    assert kept_bytes(killed) == kept_bytes(whole)
+    timings = [path.read_text().splitlines() for path in killed.rglob("timings.jsonl")]
+    assert [len(lines) for lines in timings] == [8, 8, 8]
+
+
+def count(folder):
+    return sum(path.read_bytes().count(b"\n") for path in folder.rglob("samples.jsonl"))

@@ -1,0 +1,178 @@
+"""The golden runner and `sah-bench verify maskers`."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from sah_bench.cli import main
+from sah_core.errors import RequestError, UnknownPluginError
+from sah_core.testing.golden import run_maskers
+
+pytestmark = pytest.mark.unit
+
+
+def case_tensors(rows=3, keys=8):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 2, rows, 4, generator=generator)
+    key = torch.randn(1, 1, keys, 4, generator=generator)
+    value = torch.randn(1, 1, keys, 4, generator=generator)
+    position = torch.arange(keys - rows, keys).view(-1, 1)
+    keep = torch.arange(keys) <= position
+    return query, key, value, keep.view(1, 1, rows, keys)
+
+
+def attention(query, key, value, probability, scaling):
+    """The weighted attention of every row, from the definition."""
+    _, heads, rows, _ = query.shape
+    output = torch.zeros(query.shape, dtype=torch.float64)
+    for head in range(heads):
+        for row in range(rows):
+            logits = key[0, 0].double() @ query[0, head, row].double() * scaling
+            chance = probability[0, head, row].double()
+            weights = torch.where(chance > 0, logits.exp() / chance.clamp(min=1e-30), 0.0)
+            if weights.sum() > 0:
+                output[0, head, row] = weights @ value[0, 0].double() / weights.sum()
+    return output.float()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name="a", masker="sink", params=None, given=None, change=None):
+        query, key, value, keep = case_tensors()
+        probability = torch.zeros(1, 2, 3, 8)
+        probability[..., :2] = 1.0
+        if given is not None:
+            probability = given * keep
+        tensors = {"query": query, "key": key, "value": value, "keep": keep}
+        tensors["probability"] = probability
+        tensors["output"] = attention(query, key, value, probability * keep, 0.5)
+        if given is not None:
+            tensors["given"] = given
+        if change is not None:
+            change(tensors)
+        steps = [{"masker": masker, "params": {"sink_size": 2} if params is None else params}]
+        metadata = {"pipeline": json.dumps(steps), "scaling": "0.5", "layer_idx": "1", "case": name}
+        path = tmp_path / f"{name}.safetensors"
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata)
+        return path
+
+    return write
+
+
+def run(path, *backends):
+    [result] = run_maskers([path], backends or ["eager"])
+    return result
+
+
+@pytest.mark.parametrize("backend", ["eager", "gather"])
+def test_a_selection_and_output_that_agree_pass(write, backend):
+    assert run(write(), backend).status == "passed"
+
+
+@pytest.mark.parametrize("backend", ["eager", "gather"])
+def test_given_is_a_literal_mask(write, backend):
+    given = torch.rand(1, 2, 3, 8, generator=torch.Generator().manual_seed(1))
+    given[given < 0.5] = 0.0
+    given[0, 0, 1] = 0.0
+    assert run(write(masker="given", params={}, given=given), backend).status == "passed"
+
+
+def test_a_key_too_many_fails(write):
+    result = run(write(params={"sink_size": 3}))
+    assert result.status == "failed"
+    assert result.reason == (
+        "selection: 6 keys too many, 0 missing in 6 rows, first at sequence 0, head 0, row 0"
+    )
+
+
+def test_another_probability_fails(write):
+    def halve(tensors):
+        tensors["probability"] = tensors["probability"] / 2
+
+    result = run(write(change=halve))
+    assert result.status == "failed"
+    assert result.reason.startswith("probability: off by up to 0.5")
+
+
+@pytest.mark.parametrize("wrong", [0.1, float("nan")])
+def test_another_output_fails(write, wrong):
+    def shift(tensors):
+        tensors["output"][0, 1, 2, 0] += wrong
+
+    result = run(write(change=shift))
+    assert result.status == "failed"
+    assert result.reason.endswith("first at sequence 0, head 1, row 2")
+
+
+def test_a_parameter_that_a_masker_lacks_fails(write):
+    result = run(write(params={"sink_size": 2, "depth": 3}))
+    assert result.status == "failed"
+    assert "no parameter named 'depth'" in result.reason
+
+
+def test_a_default_of_the_format_need_not_be_declared(write):
+    assert run(write(params={"sink_size": 2, "label_bits": 16})).status == "passed"
+
+
+def test_a_masker_that_is_not_installed_is_skipped(write):
+    result = run(write(masker="best_of_all", params={}))
+    assert result.status == "skipped"
+    assert result.reason == "masker best-of-all is not installed"
+
+
+def test_a_backend_that_refuses_is_skipped_with_its_reason(write):
+    result = run(write(), "sdpa")
+    assert result.status == "skipped"
+    assert result.reason == "backend sdpa refuses: only dense attention"
+
+
+def test_an_unknown_backend_is_an_error(write):
+    with pytest.raises(UnknownPluginError, match="did you mean 'eager'"):
+        run(write(), "eagr")
+
+
+def test_a_folder_stands_for_its_files_in_order(write, tmp_path):
+    write("b")
+    write("a")
+    assert [result.case for result in run_maskers([tmp_path], ["eager"])] == ["a", "b"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no safetensors"])
+def test_what_is_no_case_is_one_line(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(RequestError, match="is no golden case"):
+        list(run_maskers([path]))
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(RequestError, match="holds no .safetensors file"):
+        list(run_maskers([tmp_path]))
+
+
+def test_a_file_that_lacks_a_tensor_is_no_case(write):
+    with pytest.raises(RequestError, match="it lacks output"):
+        run(write(change=lambda tensors: tensors.pop("output")))
+
+
+def test_the_command_prints_a_line_each_and_totals(write, tmp_path):
+    write("good")
+    write("unknown", masker="nothing", params={})
+    result = CliRunner().invoke(main, ["verify", "maskers", str(tmp_path), "--backend", "eager"])
+    assert result.exit_code == 0
+    assert result.output == (
+        "passed   good  eager\n"
+        "skipped  unknown  eager  masker nothing is not installed\n"
+        "1 passed, 0 failed, 1 skipped\n"
+    )
+
+
+def test_the_command_exits_with_1_if_any_failed(write, tmp_path):
+    write("bad", params={"sink_size": 3})
+    result = CliRunner().invoke(main, ["verify", "maskers", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "0 passed" in result.output
