@@ -66,6 +66,11 @@ class BenchmarkPlan:
     benchmark: Benchmark
     tasks: tuple[str, ...]
 
+    def by_task(self) -> Iterator[tuple[str, BenchmarkPlan]]:
+        """Yield each task with the benchmark for it alone."""
+        for task in self.tasks:
+            yield task, BenchmarkPlan(benchmark=self.benchmark.for_task(task), tasks=(task,))
+
 
 @attrs.frozen(kw_only=True)
 class Experiment:

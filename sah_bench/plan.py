@@ -46,8 +46,8 @@ def planned_cells(experiment: Experiment) -> list[PlannedCell]:
         found.setdefault(key, []).append(folder)
     cells = []
     for model in experiment.models:
-        for plan in experiment.benchmarks:
-            for task in plan.tasks:
+        for benchmark in experiment.benchmarks:
+            for task, plan in benchmark.by_task():
                 for pipeline in experiment.pipelines:
                     identity = cell_identity(experiment, plan, task, pipeline, {})
                     folders = found.get(_key(model, identity), [])

@@ -178,8 +178,8 @@ class ModelRun:
         )
         tasks: list[TaskRun] = []
         try:
-            for plan in self.experiment.benchmarks:
-                for task in plan.tasks:
+            for benchmark in self.experiment.benchmarks:
+                for task, plan in benchmark.by_task():
                     tasks.append(TaskRun(plan=plan, task=task, cells=[]))
                     self._open_cells(tasks[-1])
             for task_run in tasks:

@@ -7,7 +7,7 @@ in every benchmark; a score that cannot be computed is ``None``, never NaN.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 from typing import Protocol as StructuralType
 
 import attrs
@@ -105,6 +105,14 @@ class Benchmark:
     def tasks(self) -> tuple[str, ...]:
         """Return the names of the tasks, in the order in which they run by default."""
         raise NotImplementedError
+
+    def for_task(self, task: str) -> Self:
+        """Return this benchmark for one task alone, with the same examples.
+
+        Results belong to what this returns: a parameter that only lists tasks is to be narrowed to
+        ``task`` here, so that listing more tasks does not make new results of the old ones.
+        """
+        return self
 
     def examples(self, task: str, tokenizer: Tokenizer, seed: int) -> Iterator[Example]:
         """Yield the examples of ``task``, those of one context consecutively.

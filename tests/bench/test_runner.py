@@ -189,6 +189,13 @@ def test_what_makes_another_cell(experiment, change, is_same):
     assert (first.folder == second.folder) is is_same
 
 
+def test_more_tasks_leave_the_results_of_the_others(experiment, fakes, monkeypatch):
+    monkeypatch.setattr(fakes.FakeAdapter, "prefill", lambda *_, **__: 1 / 0)
+    first = run(experiment(benchmarks=["niah(lengths=[600])"], tasks=None))
+    both = run(experiment(benchmarks=["niah(lengths=[600, 700])"], tasks=None))
+    assert [result.folder for result in both[:2]] == [result.folder for result in first]
+
+
 def test_source_of_an_unpackaged_plugin_is_part_of_the_cell(experiment, monkeypatch):
     [first] = run(experiment(pipelines=[SPARSE]))
     monkeypatch.setattr("sah_bench.identity._source_hash", lambda plugin: "changed")

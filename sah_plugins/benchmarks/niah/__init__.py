@@ -11,7 +11,7 @@ Wording after RULER's niah tasks (Hsieh et al., 2024, arXiv:2404.06654), asked i
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import attrs
 
@@ -93,6 +93,10 @@ class NeedleInAHaystack(Benchmark):
     def tasks(self) -> tuple[str, ...]:
         """Return one task per length, named after it."""
         return tuple(str(length) for length in self.lengths)
+
+    def for_task(self, task: str) -> Self:
+        """Return the benchmark with the one length that ``task`` names."""
+        return attrs.evolve(self, lengths=(int(task),))
 
     def examples(self, task: str, tokenizer: Tokenizer, seed: int) -> Iterator[Example]:
         """Yield the questions of every context, depth by depth."""
