@@ -1,0 +1,1 @@
+"""The backend `triton`: fused sparse attention and scoring primitives on the GPU."""

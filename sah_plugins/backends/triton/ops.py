@@ -1,0 +1,86 @@
+"""GPU forms of the scoring primitives; what a kernel cannot take goes to the reference form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sah_core.mask import KeyRange
+from sah_core.ops import Ops
+
+from . import pages, topk
+from .backend import DTYPES, is_interpreted
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether kernels run where these tensors live, on their type."""
+    return all(t.dtype in DTYPES and (t.is_cuda or is_interpreted()) for t in tensors)
+
+
+class TritonOps(Ops):
+    """Kernels where there are some."""
+
+    def logits(
+        self, query: Tensor, key: Tensor, scaling: float, softcap: float | None = None
+    ) -> Tensor:
+        """Logits in float32, keys read once and never converted in memory."""
+        if not takes(query, key) or query.shape[3] > 256 or not query.shape[2]:
+            return super().logits(query, key, scaling, softcap)
+        return pages.logits(query, key, scaling, softcap)
+
+    def masked_topk(
+        self,
+        scores: Tensor,
+        capacity: int,
+        *,
+        count: Tensor | None = None,
+        start: Tensor | None = None,
+        stop: Tensor | None = None,
+        taken: Sequence[KeyRange] = (),
+        page_size: int = 1,
+        origin: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Radix select, the chosen in the order of their indices."""
+        select = topk.masked_topk
+        if (
+            not takes(scores)
+            or scores.dtype != torch.float32
+            or len(taken) > topk.MAX_TAKEN
+            or not scores.numel()
+        ):
+            select = super().masked_topk
+        return select(
+            scores,
+            capacity,
+            count=count,
+            start=start,
+            stop=stop,
+            taken=taken,
+            page_size=page_size,
+            origin=origin,
+        )
+
+    def page_bounds_update(
+        self,
+        low: Tensor,
+        high: Tensor,
+        key: Tensor,
+        start: int | Tensor,
+        page_size: int,
+        first: Tensor | None = None,
+    ) -> None:
+        """One launch, whether keys come by the context or by the token."""
+        if not takes(low, high, key) or key.shape[3] > 256:
+            super().page_bounds_update(low, high, key, start, page_size, first)
+            return
+        pages.page_bounds_update(low, high, key, start, page_size, first)
+
+    def page_scores(
+        self, query: Tensor, low: Tensor, high: Tensor, reduction: str = "none", bits: int = 16
+    ) -> Tensor:
+        """Bounds read once, the group reduced before anything is written."""
+        if not takes(query, low, high) or query.shape[3] > 256 or not query.shape[2]:
+            return super().page_scores(query, low, high, reduction, bits)
+        return pages.page_scores(query, low, high, reduction, bits)

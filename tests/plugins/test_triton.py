@@ -1,0 +1,309 @@
+"""The backend `triton` in the interpreter, on small tensors, against definitions in float64."""
+
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from sah_core import Allowed, Inputs, KeyRange, Mask
+from sah_core.backend import Problem
+from sah_core.ops import REFERENCE
+from sah_plugins.backends.triton.backend import TritonBackend
+
+pytestmark = [
+    pytest.mark.unit,
+    pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed"),
+    # numpy, on which the interpreter runs, warns where a GPU does not
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+def is_of_triton(name):
+    """Python modules of triton and our kernels; the extension module can be loaded only once."""
+    ours = [f"sah_plugins.backends.triton.{part}" for part in ("attention", "topk", "pages", "ops")]
+    return name in ours or (
+        name.split(".")[0] == "triton" and not name.startswith("triton._C") and name != "triton._C"
+    )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreter():
+    """Kernels interpreted in this module alone: that is decided when they are defined."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels run for real here, in tests/gpu")
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if is_of_triton(name)}
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TRITON_INTERPRET", "1")
+    yield
+    patch.undo()
+    for name in list(sys.modules):
+        if is_of_triton(name):
+            del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.fixture
+def ops():
+    return TritonBackend().ops
+
+
+def call(
+    batch=1, heads=4, kv_heads=2, query_len=1, key_len=70, dim=16, value_dim=16, seed=0, **more
+):
+    torch.manual_seed(seed)
+    first = more.pop("first", None)
+    dtype = more.pop("dtype", torch.float32)
+    query = torch.randn(batch, heads, query_len, dim).to(dtype)
+    key = torch.randn(batch, kv_heads, key_len, dim).to(dtype)
+    value = torch.randn(batch, kv_heads, key_len, value_dim).to(dtype)
+    first = None if first is None else torch.tensor(first, dtype=torch.int32)
+    allowed = Allowed.causal(query_len, key_len, first=first)
+    return Inputs(
+        query=query, key=key, value=value, allowed=allowed, scaling=0.3, key_len=key_len, **more
+    )
+
+
+def ends(inputs):
+    """A sink of 5 and a window of 9 keys, which overlap where the context is short."""
+    first = inputs.allowed.first.view(-1, 1, 1)
+    row = inputs.query_position.unsqueeze(1)
+    ranges = [KeyRange(first, first, 5, 0, 5), KeyRange(row, row, 9, -8, 1)]
+    return Mask.from_ranges(inputs.shape, ranges)
+
+
+def expected(inputs, mask):
+    """The weighted attention from its definition, row by row."""
+    batch, heads, query_len, key_len = inputs.shape
+    chance = (mask.to_dense() * inputs.allowed.to_dense(key_len)).double()
+    output = torch.zeros(batch, query_len, heads, inputs.value.shape[3], dtype=torch.float64)
+    level = torch.full((batch, heads, query_len), float("-inf"), dtype=torch.float64)
+    for b in range(batch):
+        for head in range(heads):
+            key = inputs.key[b, head // inputs.group].double()
+            value = inputs.value[b, head // inputs.group].double()
+            for row in range(query_len):
+                logits = key @ inputs.query[b, head, row].double() * inputs.scaling
+                if inputs.softcap is not None:
+                    logits = torch.tanh(logits / inputs.softcap) * inputs.softcap
+                picked = chance[b, head, row] > 0
+                weights = logits[picked].exp() / chance[b, head, row][picked]
+                total = weights.sum()
+                if inputs.sinks is not None:
+                    total = total + inputs.sinks[head].double().exp()
+                if total > 0:
+                    output[b, row, head] = (weights / total) @ value[picked]
+                    level[b, head, row] = total.log()
+    return output, level
+
+
+def check(inputs, mask, tolerance=1e-5, plan=None):
+    from sah_plugins.backends.triton.attention import attend
+
+    output, level = attend(inputs, mask, plan)
+    right, right_level = expected(inputs, mask)
+    assert output.dtype == inputs.query.dtype
+    error = (output.double() - right).norm() / right.norm().clamp(min=1e-30)
+    assert error <= tolerance, f"relative error {error}"
+    torch.testing.assert_close(level.double(), right_level, atol=tolerance, rtol=tolerance)
+
+
+def plan(splits, lanes=16):
+    from sah_plugins.backends.triton.attention import Plan
+
+    return Plan(lanes=lanes, splits=splits, warps=4, stages=2)
+
+
+def pages_of(inputs, heads, size=8, capacity=3, seed=1):
+    torch.manual_seed(seed)
+    lead = (inputs.batch, heads, inputs.query_len)
+    pages = torch.rand(*lead, -(-inputs.capacity // size)).topk(capacity).indices
+    return pages.to(torch.int32)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_ranges_that_overlap_count_each_key_once(splits):
+    inputs = call(key_len=11)
+    check(inputs, ends(inputs), plan=plan(splits))
+
+
+def test_ranges_may_reach_beyond_the_keys():
+    inputs = call(query_len=2, key_len=7)
+    check(inputs, ends(inputs))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_pages_are_attended_with_or_without_ranges_over_them(heads, splits):
+    inputs = call(key_len=61)
+    pages = Mask.from_indices(inputs.shape, pages_of(inputs, heads), page_size=8)
+    check(inputs, ends(inputs) | pages, plan=plan(splits))
+
+
+def test_a_selection_shared_by_some_heads_of_a_group_is_understood():
+    inputs = call(heads=8, kv_heads=2)
+    check(inputs, Mask.from_indices(inputs.shape, pages_of(inputs, 4), page_size=8))
+
+
+def test_left_padding_counts_and_probabilities_hold_per_sequence_and_row():
+    inputs = call(batch=2, heads=2, kv_heads=1, query_len=2, key_len=40, first=[0, 9])
+    pages = pages_of(inputs, 1, capacity=3)
+    count = torch.tensor([[[3, 0]], [[1, 2]]], dtype=torch.int32)
+    chance = torch.rand(pages.shape) * 0.9 + 0.1
+    mask = Mask.from_indices(
+        inputs.shape,
+        pages,
+        count=count,
+        probability=chance,
+        page_size=8,
+        origin=inputs.allowed.first,
+    )
+    check(inputs, mask, plan=plan(2))
+
+
+def test_single_keys_with_invalid_entries_are_attended():
+    inputs = call()
+    keys = torch.tensor([3, -1, 69, 12, 4, -1], dtype=torch.int32).expand(1, 4, 1, 6)
+    check(inputs, ends(inputs) | Mask.from_indices(inputs.shape, keys))
+
+
+def test_softcap_and_learned_sinks_are_applied():
+    inputs = call(softcap=2.0, sinks=torch.tensor([0.0, 1.5, -2.0, 9.0]))
+    check(inputs, ends(inputs), plan=plan(2))
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0])])
+def test_a_row_that_selects_nothing_gives_zero(sinks):
+    inputs = call(heads=2, kv_heads=1, sinks=sinks)
+    nothing = torch.full((1, 1, 1, 4), -1, dtype=torch.int32)
+    for mask in (Mask.empty(inputs.shape), Mask.from_indices(inputs.shape, nothing)):
+        check(inputs, mask)
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(24, 40), (80, 16)])
+def test_head_dimensions_need_not_be_powers_of_two(dim, value_dim):
+    inputs = call(heads=3, kv_heads=1, dim=dim, value_dim=value_dim)
+    check(inputs, ends(inputs), plan=plan(2))
+
+
+def test_half_precision_stays_within_a_hundredth():
+    inputs = call(dtype=torch.float16)
+    check(inputs, ends(inputs), tolerance=1e-2)
+
+
+def test_caches_may_have_any_strides():
+    inputs = call(batch=2, heads=2, kv_heads=2, key_len=20)
+    key = inputs.key.transpose(1, 2).contiguous().transpose(1, 2)
+    wide = torch.randn(2, 2, 20, 48)
+    wide[..., :16] = inputs.value
+    strided = call(batch=2, heads=2, kv_heads=2, key_len=20)
+    object.__setattr__(strided, "key", key)
+    object.__setattr__(strided, "value", wide[..., :16])
+    check(strided, ends(strided))
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"query_len": 257}, "256 query rows"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"has_dense": True}, "dense part"),
+        ({"has_keep": True}, "not an interval"),
+        ({"is_full": True}, "everything"),
+        ({"head_dim": 512}, "256 channels"),
+        ({"range_count": 5}, "4 ranges"),
+        ({"mask_heads": 3, "kv_heads": 2, "heads": 6}, "line up"),
+        ({}, None),
+    ],
+)
+def test_what_it_cannot_do_it_refuses_with_a_reason(facts, reason):
+    inputs = call()
+    problem = Problem.of(inputs, ends(inputs))
+    for name, value in facts.items():
+        object.__setattr__(problem, name, value)
+    given = TritonBackend().refuses(problem)
+    assert given is None if reason is None else reason in given
+
+
+def test_without_a_gpu_it_refuses_outside_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    inputs = call()
+    assert "cpu" in TritonBackend().refuses(Problem.of(inputs, ends(inputs)))
+
+
+def same_choice(got, right):
+    assert torch.equal(got[1], right[1])
+    assert torch.equal(got[0].sort(-1).values, right[0].sort(-1).values)
+    slot = torch.arange(got[0].shape[-1])
+    assert torch.equal(got[0] >= 0, slot < got[1].unsqueeze(-1))
+
+
+@pytest.mark.parametrize("length", ["short", "long"])
+def test_top_k_takes_ties_limits_counts_and_taken_keys_like_the_reference(ops, monkeypatch, length):
+    if length == "long":
+        topk = sys.modules["sah_plugins.backends.triton.topk"]
+        monkeypatch.setattr(topk, "SHORT", 16)
+        monkeypatch.setattr(topk, "CHUNK", 64)
+    torch.manual_seed(0)
+    scores = torch.randn(2, 1, 2, 100).round(decimals=1)
+    scores[0, 0, 0, :60] = float("-inf")
+    start = torch.tensor([0, 7], dtype=torch.int32).view(2, 1, 1)
+    stop = torch.tensor([90, 100], dtype=torch.int32).view(1, 1, 2)
+    count = torch.tensor([5, 20], dtype=torch.int32).view(2, 1, 1)
+    taken = [KeyRange(start, start, 4, 0, 4), KeyRange(stop, stop, 4, -4, 0)]
+    limits = {"count": count, "start": start, "stop": stop, "taken": taken}
+    same_choice(ops.masked_topk(scores, 20, **limits), REFERENCE.masked_topk(scores, 20, **limits))
+    same_choice(ops.masked_topk(scores, 120), REFERENCE.masked_topk(scores, 120))
+
+
+def test_top_k_reads_limits_in_keys_where_candidates_are_pages(ops):
+    torch.manual_seed(0)
+    scores = torch.randn(2, 2, 1, 20)
+    origin = torch.tensor([0, 9], dtype=torch.int32)
+    start = torch.tensor([21, 9], dtype=torch.int32).view(2, 1, 1)
+    stop = torch.tensor([70, 100], dtype=torch.int32).view(2, 1, 1)
+    limits = {"start": start, "stop": stop, "page_size": 8, "origin": origin}
+    same_choice(ops.masked_topk(scores, 9, **limits), REFERENCE.masked_topk(scores, 9, **limits))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "max"])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_page_scores_are_those_of_the_reference(ops, reduction, bits):
+    torch.manual_seed(0)
+    query = torch.randn(2, 6, 3, 24)
+    low = torch.randn(2, 2, 40, 24)
+    high = low + torch.rand(2, 2, 40, 24)
+    got = ops.page_scores(query, low, high, reduction, bits)
+    torch.testing.assert_close(got, REFERENCE.page_scores(query, low, high, reduction, bits))
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_logits_are_those_of_the_reference(ops, softcap):
+    inputs = call(heads=6, query_len=3, dim=24, key_len=140)
+    got = ops.logits(inputs.query, inputs.key, 0.3, softcap)
+    torch.testing.assert_close(got, REFERENCE.logits(inputs.query, inputs.key, 0.3, softcap))
+
+
+@pytest.mark.parametrize("first", [None, [5, 17]])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_page_bounds_grow_with_the_keys_like_the_reference(ops, first, on_device):
+    torch.manual_seed(0)
+    key = torch.randn(2, 2, 40, 24)
+    first = None if first is None else torch.tensor(first, dtype=torch.int32)
+    mine = [torch.randn(2, 2, 6, 24) for _ in range(2)]
+    right = [t.clone() for t in mine]
+    start = 0
+    for new in (3, 1, 22, 1, 13):
+        part = key[:, :, start : start + new]
+        at = torch.tensor([start], dtype=torch.int32) if on_device else start
+        ops.page_bounds_update(*mine, part, at, 7, first)
+        REFERENCE.page_bounds_update(*right, part, start, 7, first)
+        start += new
+    pages = 6 if first is None else 4
+    for got, wanted in zip(mine, right, strict=True):
+        assert torch.equal(got[:, :, :pages], wanted[:, :, :pages])
+
+
+def test_ops_that_a_kernel_cannot_take_go_to_the_reference(ops):
+    scores = torch.randn(1, 1, 1, 30, dtype=torch.float64)
+    same_choice(ops.masked_topk(scores, 4), REFERENCE.masked_topk(scores, 4))
