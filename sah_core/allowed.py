@@ -110,6 +110,11 @@ class Allowed:
         """The device of the tensors."""
         return self.stop.device
 
+    @property
+    def heads(self) -> int:
+        """Distinct limits along the head dimension: 1, but for a ``keep`` that differs by head."""
+        return 1 if self.keep is None else self.keep.shape[1]
+
     def to(self, device: torch.device | str, *_: object, **__: object) -> Allowed:
         """The same limits on another device (models spread over devices move their inputs)."""
         if self.stop.device == torch.device(device):

@@ -74,8 +74,8 @@ class KeyRange:
 class Selected:
     """Selected keys, or pages of keys, by index.
 
-    Entries past ``count``, negative entries, entries inside a range of the same mask and entries
-    that are not allowed are ignored. A key or page occurs at most once per row.
+    Entries past ``count``, entries that are no keys, entries inside a range of the same mask and
+    entries that are not allowed are ignored. A key or page occurs at most once per row.
 
     Attributes:
         indices: int32 ``(batch | 1, heads, query_len | 1, capacity)``; key indices, or page numbers
@@ -421,7 +421,8 @@ class Mask:
             values = spread_heads(values, heads).expand(size)
             # one spare column takes the invalid entries
             chosen = torch.zeros((batch, heads, query_len, key_len + 1), device=self.device)
-            chosen.scatter_(-1, torch.where(keys < 0, key_len, keys), values)
+            outside = (keys < 0) | (keys >= key_len)
+            chosen.scatter_(-1, keys.masked_fill(outside, key_len), values)
             chosen = chosen[..., :key_len]
             dense = chosen if self.dense is None else 1 - (1 - dense) * (1 - chosen)
         position = torch.arange(key_len, device=self.device, dtype=torch.int32)
@@ -473,6 +474,7 @@ class Mask:
         chosen = ranges_length(self.ranges, allowed) if self.ranges else torch.zeros_like(total)
         if self.selected is not None:
             keys, _ = self.selected.tokens(self.shape[3])
+            keys = spread_heads(keys, max(keys.shape[1], allowed.heads))
             fresh = (keys >= 0) & allowed.contains(keys) & ~self.covers(keys)
             chosen = chosen + spread_heads(fresh.sum(-1).unsqueeze(-1), self.shape[1]).squeeze(-1)
         return chosen, total

@@ -273,6 +273,8 @@ def selected_piece(inputs: Inputs, mask: Mask, query: Tensor) -> Piece:
     """Selected keys by index; entries inside a range count there."""
     assert mask.selected is not None
     keys, probability = mask.selected.tokens(inputs.capacity)
+    if inputs.allowed.heads > keys.shape[1]:
+        keys = keys.repeat_interleave(inputs.allowed.heads // keys.shape[1], dim=1)
     keep = (keys >= 0) & inputs.allowed.contains(keys)
     if mask.ranges:
         keep = keep & ~mask.covers(keys)
