@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +121,7 @@ def padding_structure(
 def is_sliding_window(
     mask_function: Callable[..., Any], size: int, device: torch.device | str
 ) -> bool:
-    """Whether a mask function of a local layer is a causal sliding window (and not, say, chunked)."""
+    """Whether a mask function of a local layer is a causal sliding window (not, say, chunked)."""
 
     def ask(query: int, key: int) -> bool:
         index = [torch.tensor(i, device=device) for i in (0, 0, query, key)]
@@ -187,16 +187,41 @@ def check_supported(model: Any) -> None:
     Raises:
         UnsupportedError: With the class of the model.
     """
-    if not getattr(model, "_supports_attention_backend", True):
+    if not follows_interface(type(model)):
         raise UnsupportedError(
             what=f"model class {type(model).__name__}",
             reason="its attention does not go through transformers' attention interface",
         )
 
 
-def implementation(model: Any) -> str:
-    """The attention implementation that a model uses now."""
-    return str(model.config._attn_implementation)
+@cache
+def follows_interface(model_class: Hashable) -> bool:
+    """Whether a model class declares the attention interface and its source uses it."""
+    switchable = getattr(model_class, "_can_set_attn_implementation", None)
+    if switchable is not None and not switchable():
+        return False
+    return bool(getattr(model_class, "_supports_attention_backend", True))
+
+
+def attention_configs(model: Any) -> list[Any]:
+    """The distinct configuration objects that choose attention and mask function of the language
+    model; those of, say, a vision tower are not among them.
+    """
+    holders = [*attention_modules(model), model.get_decoder()]
+    configs = [text_config(model), *(getattr(holder, "config", None) for holder in holders)]
+    return list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
+
+
+def implementation_of(config: Any) -> str:
+    """The attention implementation that a configuration names now."""
+    return str(config._attn_implementation)
+
+
+def set_implementation(config: Any, name: str) -> None:
+    """Name another implementation, for this configuration alone and without checks: of ours there
+    is nothing to check, and any other it had before.
+    """
+    config._attn_implementation_internal = name
 
 
 @cache

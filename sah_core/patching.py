@@ -7,10 +7,11 @@ both, whatever happened inside.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import attrs
 
 from sah_core import compat
 from sah_core.attention import Session
@@ -19,8 +20,24 @@ from sah_core.pipeline import Pipeline
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+@attrs.define
+class Switched:
+    """A configuration object that is set to our attention, by one block or several.
+
+    Attributes:
+        config: The configuration; several models may share it.
+        before: The implementation that it had before the first block.
+        blocks: Blocks that need it.
+    """
+
+    config: Any
+    before: str
+    blocks: int = 0
+
+
 _sessions: dict[int, Session] = {}
-_modules: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+_switched: dict[int, Switched] = {}
 _bystander: list[Session] = []
 
 
@@ -84,19 +101,21 @@ def attach(
 @contextmanager
 def use(model: Any, session: Session) -> Iterator[Session]:
     """Attach an existing session, which keeps its state from block to block."""
-    if session.pipeline.is_dense and session.hook is None:
+    modules = [id(module) for module in compat.attention_modules(model)]
+    previous = {module: _sessions.get(module) for module in modules}
+    if session.pipeline.is_dense and session.hook is None and not any(previous.values()):
         yield session
         return
     compat.check_supported(model)
     compat.register(attention)
-    modules = _modules.get(model)
-    if modules is None:
-        modules = _modules[model] = [id(m) for m in compat.attention_modules(model)]
-    previous = {module: _sessions.get(module) for module in modules}
-    before = compat.implementation(model)
+    taken = []
     try:
+        for config in compat.attention_configs(model):
+            before = compat.implementation_of(config)
+            _switched.setdefault(id(config), Switched(config, before)).blocks += 1
+            taken.append(config)
+            compat.set_implementation(config, compat.IMPLEMENTATION)
         _sessions.update(dict.fromkeys(modules, session))
-        model.set_attn_implementation(compat.IMPLEMENTATION)
         yield session
     finally:
         for module, earlier in previous.items():
@@ -104,4 +123,8 @@ def use(model: Any, session: Session) -> Iterator[Session]:
                 _sessions.pop(module, None)
             else:
                 _sessions[module] = earlier
-        model.set_attn_implementation(before)
+        for config in taken:
+            entry = _switched[id(config)]
+            entry.blocks -= 1
+            if not entry.blocks:
+                compat.set_implementation(config, _switched.pop(id(config)).before)

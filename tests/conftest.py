@@ -1,9 +1,23 @@
-"""What every test needs: no hub, and one thread per process where torch is in use."""
+"""What every test needs: no hub, one thread per process where torch is in use, tiny models."""
 
+import importlib.util
 import os
 import sys
+from pathlib import Path
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def models():
+    """The module ``models.py`` beside this file: builders of tiny models and tokenizers."""
+    path = Path(__file__).with_name("models.py")
+    spec = importlib.util.spec_from_file_location("tiny_models", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

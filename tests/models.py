@@ -1,0 +1,119 @@
+"""Tiny random models and a tiny tokenizer, built in milliseconds."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, processors
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # at the usual 0.02, softcap and sinks hardly change the logits
+    "initializer_range": 0.3,
+}
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "gemma2": (
+        "Gemma2Config",
+        {"sliding_window": 8, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 50.0},
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "gpt-oss": (
+        "GptOssConfig",
+        {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": 8}),
+    "qwen3": ("Qwen3Config", {}),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_conv_kernel_dim": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+}
+
+SPECIALS = ("<pad>", "<s>", "</s>", "<|end|>", "<unk>")
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+MERGES = ["th", "he", "in", "er", "an", "re", "on", "at", "en", "nd", "ou", "ha"]
+MERGES += ["the", "and", "\n\n", "? ", ". ", ".\n", " t", "  ", "an\n", " b", "a b"]
+
+PLAIN_CHAT = (
+    "{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+BOS_CHAT = "{{ bos_token }}" + PLAIN_CHAT
+TRIMMING_CHAT = PLAIN_CHAT.replace("m['content']", "m['content'] | trim")
+
+
+def config(family, **options):
+    """The configuration of a tiny model."""
+    name, extra = FAMILIES[family]
+    return getattr(transformers, name)(**{**COMMON, **extra, **options})
+
+
+def build(family, seed=0, *, of=None, **options):
+    """A tiny random model in float32; ``of`` builds it around an existing configuration."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    made = AutoModelForCausalLM.from_config(config(family, **options) if of is None else of)
+    return made.eval()
+
+
+def tokens(*shape, seed=0):
+    """Random token ids without the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(len(SPECIALS), COMMON["vocab_size"], shape, generator=generator)
+
+
+def tokenizer(*, adds_bos=True, adds_eos=False, chat=None):
+    """Characters and a few merges, some of which reach over the end of a line or sentence."""
+    vocabulary = {token: i for i, token in enumerate((*SPECIALS, *CHARACTERS))}
+    pairs = []
+    for merge in MERGES:
+        split = next(
+            i for i in range(len(merge) - 1, 0, -1) if {merge[:i], merge[i:]} <= set(vocabulary)
+        )
+        pairs.append((merge[:split], merge[split:]))
+        vocabulary[merge] = len(vocabulary)
+    backend = Tokenizer(BPE(vocabulary, pairs, unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    form = ("<s> " if adds_bos else "") + "$A" + (" </s>" if adds_eos else "")
+    if form != "$A":
+        backend.post_processor = processors.TemplateProcessing(
+            single=form, special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|end|>"],
+        chat_template=chat,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
