@@ -102,9 +102,9 @@ def test_every_asked_needle_is_in_the_context_once_at_its_depth(haystack, essay)
     ):
         key, [value] = example.facts["key"], example.references
         assert re.fullmatch(r"[1-9]\d{6}", value)
-        needle = f"One of the special magic numbers for {key} is: {value}."
+        needle = f"The special magic number for {key} is: {value}."
         assert example.context.count(needle) == 1
-        assert example.context.count("One of the special") == 7
+        assert example.context.count("The special magic number for") == 7
         assert key in example.question
         assert key in example.answer_prefix
         start = example.context.index("\n") + 1
@@ -114,8 +114,8 @@ def test_every_asked_needle_is_in_the_context_once_at_its_depth(haystack, essay)
 
 def test_needles_at_both_ends_of_the_haystack():
     first, last = examples(depths=(0, 100), needles=1, questions=1)
-    assert first.context.split("\n")[1].startswith("One of the special")
-    assert last.context.rstrip("\n").split("\n")[-1].startswith("One of the special")
+    assert first.context.split("\n")[1].startswith("The special magic number")
+    assert last.context.rstrip("\n").split("\n")[-1].startswith("The special magic number")
 
 
 def test_needles_of_one_depth_lie_in_the_order_of_their_questions():

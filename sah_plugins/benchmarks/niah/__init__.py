@@ -6,7 +6,9 @@ needle lies at d, the next one's at the following depth of the list, and so on r
 that every depth is asked equally often; needles that nobody asks for lie anywhere. An answer
 scores 100 if the number occurs in it, else 0.
 
-Wording after RULER's niah tasks (Hsieh et al., 2024, arXiv:2404.06654), asked in the singular.
+Wording close to that of RULER's niah tasks (Hsieh et al., 2024, arXiv:2404.06654); a needle is
+worded like the start of its answer, so that small models are measured on finding, not on
+rephrasing.
 """
 
 from collections.abc import Iterator, Sequence

@@ -80,7 +80,7 @@ class Needle:
     @property
     def sentence(self) -> str:
         """The sentence to hide."""
-        return f"One of the special magic numbers for {self.key} is: {self.value}."
+        return f"The special magic number for {self.key} is: {self.value}."
 
     @property
     def question(self) -> str:
@@ -90,7 +90,7 @@ class Needle:
     @property
     def answer_prefix(self) -> str:
         """The words that the answer continues."""
-        return f" The special magic number for {self.key} mentioned in the provided text is"
+        return f" The special magic number for {self.key} is:"
 
 
 def draw_needles(draws: Draws, depths: list[float]) -> list[Needle]:
