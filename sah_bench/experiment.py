@@ -14,10 +14,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -26,16 +25,15 @@ from sah_core.errors import (
     ExperimentError,
     OutputFolderError,
     PipelineSyntaxError,
-    SahError,
     nearest_names,
     short_repr,
 )
 
+from .values import Place, Values, distinct
+
 if TYPE_CHECKING:
     from sah_core.benchmark import Benchmark
     from sah_core.pipeline import Pipeline
-
-T = TypeVar("T")
 
 KEYS = {
     "models": "--model",
@@ -153,7 +151,7 @@ def resolve(
         ExperimentError: Naming the file and the place in it, or the flag.
         OutputFolderError: The output folder cannot be written.
     """
-    values = _Values(dict(document or {}), path, dict(flags or {}))
+    values = Values(document or {}, path, flags or {}, KEYS)
     values.check_keys()
     pipelines = _pipelines(values)
     experiment = Experiment(
@@ -191,94 +189,7 @@ def check_folder(folder: Path) -> None:
         raise OutputFolderError(str(folder), error.strerror or str(error)) from error
 
 
-@attrs.frozen
-class _Place:
-    """Where a value stands, for errors: a file and a place in it, or a flag."""
-
-    path: str
-    where: str = ""
-
-    def at(self, step: str | int) -> _Place:
-        if isinstance(step, int):
-            return _Place(self.path, f"{self.where}[{step}]" if self.where else "")
-        return _Place(self.path, f"{self.where}.{step}" if self.where else step)
-
-    def error(self, message: str) -> ExperimentError:
-        return ExperimentError(self.path, self.where, message)
-
-    @contextmanager
-    def naming_errors(self) -> Iterator[None]:
-        """Give this place to whatever error comes from inside."""
-        try:
-            yield
-        except ExperimentError:
-            raise
-        except SahError as error:
-            raise ExperimentError(self.path, self.where, str(error)) from error
-
-
-@attrs.frozen
-class _Values:
-    """The values of an experiment by key, flags before the file, each with its place."""
-
-    document: dict[str, Any]
-    path: str
-    flags: dict[str, Any]
-
-    def check_keys(self) -> None:
-        for key in self.document:
-            if key not in KEYS:
-                nearest = nearest_names(str(key), KEYS)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(KEYS)}."
-                raise _Place(self.path).error(f"unknown key {short_repr(key)}. {hint}")
-
-    def get(self, key: str) -> tuple[Any, _Place]:
-        if self.flags.get(key) is not None:
-            return self.flags[key], _Place(KEYS[key] or key)
-        return self.document.get(key), _Place(self.path, key)
-
-    def items(self, key: str) -> Iterator[tuple[Any, _Place]]:
-        """The items of a list, or the one item that stands there without a list."""
-        value, place = self.get(key)
-        if not isinstance(value, list | tuple):
-            if value is not None:
-                yield value, place
-            return
-        for index, item in enumerate(value):
-            yield item, place.at(index)
-
-    def needed(self, key: str, what: str) -> list[tuple[Any, _Place]]:
-        found = list(self.items(key))
-        if not found:
-            flag = KEYS[key]
-            where = f"{self.path} needs" if self.path else "give"
-            raise ExperimentError(
-                self.path or "sah-bench run",
-                key if self.path else "",
-                f"{where} at least one {what}: set {key!r} in the file or give {flag}.",
-            )
-        return found
-
-    def number(self, key: str, *, minimum: int) -> int | None:
-        value, place = self.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise place.error(
-                f"{short_repr(value)} is not allowed: expected an integer >= {minimum}."
-            )
-        return value
-
-    def text(self, key: str) -> str | None:
-        value, place = self.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, str) or not value:
-            raise place.error(f"{short_repr(value)} is not allowed: expected a text.")
-        return value
-
-
-def _models(values: _Values) -> tuple[str, ...]:
+def _models(values: Values) -> tuple[str, ...]:
     names = []
     for value, place in values.needed("models", "model"):
         if not isinstance(value, str) or not value:
@@ -287,10 +198,10 @@ def _models(values: _Values) -> tuple[str, ...]:
             with place.naming_errors():
                 registry.models[value]()  # an alias finds its files now or not at all
         names.append((value, place))
-    return _distinct(names, lambda name: name)
+    return distinct(names, lambda name: name)
 
 
-def _pipelines(values: _Values) -> tuple[Pipeline, ...]:
+def _pipelines(values: Values) -> tuple[Pipeline, ...]:
     from sah_core.pipeline import Pipeline
 
     backend = _plugin_name(values, "backend", registry.backends, "auto")
@@ -308,22 +219,22 @@ def _pipelines(values: _Values) -> tuple[Pipeline, ...]:
         if pipeline.name is None and label is not None:
             pipeline = attrs.evolve(pipeline, name=label)  # tables show it as it was written
         found.append((pipeline, place))
-    return _distinct(found, lambda pipeline: pipeline.text)
+    return distinct(found, lambda pipeline: pipeline.text)
 
 
-def _benchmarks(values: _Values, settings: Sequence[str]) -> tuple[BenchmarkPlan, ...]:
+def _benchmarks(values: Values, settings: Sequence[str]) -> tuple[BenchmarkPlan, ...]:
     found = []
     overrides = _overrides(settings)
     for value, place in values.needed("benchmarks", "benchmark"):
         name, parameters = _benchmark_call(value, place)
         found.append((_plan(name, parameters | overrides.pop(name, {}), place), place))
     for name in overrides:
-        raise _Place("--set").error(f"the experiment has no benchmark named {name!r}.")
-    plans = _distinct(found, lambda plan: repr(plan.benchmark))
+        raise Place("--set").error(f"the experiment has no benchmark named {name!r}.")
+    plans = distinct(found, lambda plan: repr(plan.benchmark))
     return _with_tasks(plans, list(values.items("tasks")))
 
 
-def _benchmark_call(value: Any, place: _Place) -> tuple[str, dict[str, Any]]:
+def _benchmark_call(value: Any, place: Place) -> tuple[str, dict[str, Any]]:
     """The name and the parameters that a text such as ``niah(samples=2)`` or a mapping means."""
     if isinstance(value, str):
         return _parse_call(value, place)
@@ -337,7 +248,7 @@ def _benchmark_call(value: Any, place: _Place) -> tuple[str, dict[str, Any]]:
     )
 
 
-def _parse_call(text: str, place: _Place) -> tuple[str, dict[str, Any]]:
+def _parse_call(text: str, place: Place) -> tuple[str, dict[str, Any]]:
     from sah_core.pipeline_text import parse_text
 
     try:
@@ -356,7 +267,7 @@ def _parse_call(text: str, place: _Place) -> tuple[str, dict[str, Any]]:
     return step.name, dict(step.arguments)
 
 
-def _plan(name: str, parameters: dict[str, Any], place: _Place) -> BenchmarkPlan:
+def _plan(name: str, parameters: dict[str, Any], place: Place) -> BenchmarkPlan:
     from sah_core.parameters import from_plain
 
     asked = parameters.pop("tasks", None)
@@ -371,7 +282,7 @@ def _plan(name: str, parameters: dict[str, Any], place: _Place) -> BenchmarkPlan
     return BenchmarkPlan(benchmark=benchmark, tasks=tuple(dict.fromkeys(tasks)))
 
 
-def _known_task(task: Any, known: Sequence[str], place: _Place) -> str:
+def _known_task(task: Any, known: Sequence[str], place: Place) -> str:
     if str(task) in known:
         return str(task)
     nearest = nearest_names(str(task), known)
@@ -380,7 +291,7 @@ def _known_task(task: Any, known: Sequence[str], place: _Place) -> str:
 
 
 def _with_tasks(
-    plans: tuple[BenchmarkPlan, ...], asked: list[tuple[Any, _Place]]
+    plans: tuple[BenchmarkPlan, ...], asked: list[tuple[Any, Place]]
 ) -> tuple[BenchmarkPlan, ...]:
     """Restrict the benchmarks to the tasks that were asked for, if any were."""
     if not asked:
@@ -409,7 +320,7 @@ def _overrides(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
         except yaml.YAMLError:
             equals = ""
         if not (equals and dot and benchmark and parameter):
-            raise _Place("--set").error(
+            raise Place("--set").error(
                 f"{short_repr(setting)} is not allowed: expected benchmark.parameter=value, "
                 "such as niah.samples=2."
             )
@@ -417,7 +328,7 @@ def _overrides(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _metrics(values: _Values) -> tuple[str, ...]:
+def _metrics(values: Values) -> tuple[str, ...]:
     value, _ = values.get("metrics")
     if value is None:
         return ("density",) if "density" in registry.metrics else ()
@@ -426,10 +337,10 @@ def _metrics(values: _Values) -> tuple[str, ...]:
         with place.naming_errors():
             registry.metrics[name]
         names.append((name, place))
-    return _distinct(names, lambda name: name)
+    return distinct(names, lambda name: name)
 
 
-def _plugin_name(values: _Values, key: str, kind: Any, default: str) -> str:
+def _plugin_name(values: Values, key: str, kind: Any, default: str) -> str:
     name, place = values.get(key)
     if name is None or name == default:
         return default
@@ -442,7 +353,7 @@ def _plugin_name(values: _Values, key: str, kind: Any, default: str) -> str:
     return name
 
 
-def _dtype(values: _Values) -> str | None:
+def _dtype(values: Values) -> str | None:
     dtype = values.text("dtype")
     if dtype is not None and dtype not in DTYPES:
         raise values.get("dtype")[1].error(
@@ -451,7 +362,7 @@ def _dtype(values: _Values) -> str | None:
     return dtype
 
 
-def _generation(values: _Values) -> dict[str, Any]:
+def _generation(values: Values) -> dict[str, Any]:
     value, place = values.get("generation")
     if value is None:
         return {}
@@ -466,13 +377,3 @@ def _generation(values: _Values) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise place.error(f"the values must be plain data: {error}.") from error
     return dict(value)
-
-
-def _distinct(found: Sequence[tuple[T, _Place]], key: Callable[[T], str]) -> tuple[T, ...]:
-    seen: dict[str, _Place] = {}
-    for value, place in found:
-        earlier = seen.setdefault(key(value), place)
-        if earlier is not place:
-            where = f" as {earlier.where}" if earlier.where else ""
-            raise place.error(f"{short_repr(key(value))} is given twice{where}.")
-    return tuple(value for value, _ in found)

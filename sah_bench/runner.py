@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import traceback
 from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
-import attrs
-import pluggy
-
 from sah_core import registry
 from sah_core.benchmark import Example
-from sah_core.errors import SahError, one_line
-from sah_core.hookspecs import PROJECT, ObserverSpec
 from sah_core.pipeline import Pipeline
 
+from .cell_run import CellRun, TaskRun, failing
 from .experiment import BenchmarkPlan, Experiment
 from .identity import cell_identity, environment
 from .progress import Reporter
@@ -27,92 +22,6 @@ from .store import Cell, Sample
 
 if TYPE_CHECKING:
     from sah_core.requests import AnswerDetail, Request
-
-
-@attrs.define(kw_only=True, eq=False)
-class CellRun:
-    """A cell at work.
-
-    Attributes:
-        pipeline: The pipeline of the cell.
-        cell: Its folder.
-        observers: Its own instances of the experiment's metrics, by name.
-        error: Why it stopped; None while it works.
-        done: Nothing is left to do.
-    """
-
-    pipeline: Pipeline
-    cell: Cell
-    observers: dict[str, Any] = attrs.field(factory=dict)
-    error: dict[str, Any] | None = None
-    done: bool = False
-    _kept: set[str] = attrs.field(factory=set)
-
-    def __attrs_post_init__(self) -> None:
-        self._kept = self.cell.ids
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether samples may be missing."""
-        return not self.done and self.error is None
-
-    @property
-    def prefills_itself(self) -> bool:
-        """Whether its prefill is sparse, so that it cannot use the one that the others share."""
-        return not self.pipeline.is_dense and "prefill" in self.pipeline.phases
-
-    def missing(self, examples: Sequence[Example]) -> list[int]:
-        """Which of the examples it has not answered yet."""
-        return [i for i, example in enumerate(examples) if example.id not in self._kept]
-
-    def keep(self, sample: Sample) -> None:
-        """Keep a sample."""
-        self.cell.append(sample)
-        self._kept.add(sample.id)
-
-    def fail(self, error: Exception) -> None:
-        """Stop for an error, which is recorded in the folder."""
-        self.error = {
-            "kind": "input" if isinstance(error, SahError) else "fault",
-            "message": _message(error),
-            "traceback": "".join(traceback.format_exception(error)),
-        }
-        self.cell.fail(self.error)
-
-    def tell(self, hook: str, **arguments: Any) -> None:
-        """Call a hook of the observers."""
-        manager = pluggy.PluginManager(PROJECT)
-        manager.add_hookspecs(ObserverSpec)
-        for observer in self.observers.values():
-            manager.register(observer)
-        getattr(manager.hook, hook)(**arguments)
-
-
-@attrs.define(kw_only=True, eq=False)
-class TaskRun:
-    """One task of one benchmark on one model: its cells, one per pipeline.
-
-    Attributes:
-        plan: The benchmark.
-        task: The task.
-        cells: In the order of the pipelines.
-        count: How many examples it has under the limit, once they are made.
-    """
-
-    plan: BenchmarkPlan
-    task: str
-    cells: list[CellRun]
-    count: int | None = None
-
-    @property
-    def pending(self) -> list[CellRun]:
-        """The cells in which samples may be missing."""
-        return [run for run in self.cells if run.is_pending]
-
-    @property
-    def label(self) -> str:
-        """Benchmark and task in words."""
-        return f"{self.plan.benchmark.name} {self.task}"
 
 
 def run_experiment(
@@ -228,7 +137,7 @@ class ModelRun:
         limit = self.experiment.limit
         plan, tokenizer = task_run.plan, self.adapter.tokenizer
         examples: list[Example] = []
-        with _failing(pending):
+        with failing(pending):
             stream = plan.benchmark.examples(task_run.task, tokenizer, self.experiment.seed)
             # One more than the limit shows whether there are more.
             examples = list(islice(stream, None if limit is None else limit + 1))
@@ -239,27 +148,27 @@ class ModelRun:
             return
         self.reporter.expect(self._expected(tasks))
         for run in pending:
-            with _failing([run]):
+            with failing([run]):
                 run.observers = {name: registry.metrics[name]() for name in self.experiment.metrics}
                 run.tell("sah_run_begin", config=_config(run.cell))
         for group in _contexts(examples):
             self._run_context(task_run, group)
         for run in task_run.pending:
-            with _failing([run]):
+            with failing([run]):
                 self._finish(task_run, run, complete=complete)
 
     def _run_context(self, task_run: TaskRun, group: Sequence[Example]) -> None:
         """Answer the questions about one context, in every cell that has not answered them."""
         waiting = [run for run in task_run.pending if run.missing(group)]
         shared = [run for run in waiting if not run.prefills_itself]
-        with _failing(shared):
+        with failing(shared):
             prefilled = self._prefill(task_run, group) if shared else None
             for run in shared:
                 self._answer(task_run, run, prefilled, group)
             del prefilled
         for run in waiting:
             if run.prefills_itself:
-                with _failing([run]):
+                with failing([run]):
                     self._answer(task_run, run, self._prefill(task_run, group, run.pipeline), group)
 
     def _prefill(
@@ -276,7 +185,7 @@ class ModelRun:
         self, task_run: TaskRun, run: CellRun, prefilled: Any, group: Sequence[Example]
     ) -> None:
         self.reporter.working_on(f"{self.model}, {task_run.label}: {run.pipeline.label}")
-        with _failing([run]):
+        with failing([run]):
             for index in run.missing(group):
                 sample = self._sample(task_run, run, prefilled, group, index)
                 run.keep(sample)
@@ -395,25 +304,6 @@ def exit_code(results: Sequence[CellResult]) -> Literal[0, 1, 2]:
     return 2 if all(result.bad_input for result in failed) else 1
 
 
-class _failing:
-    """Records an error in the cells that it concerns, and goes on."""
-
-    def __init__(self, runs: Sequence[CellRun]) -> None:
-        self._runs = runs
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        # Foreign code runs inside: whatever it raises is a fault of the cell, an interrupt is none.
-        if not isinstance(error, Exception):
-            return False
-        for run in self._runs:
-            if run.is_pending:
-                run.fail(error)
-        return True
-
-
 def _contexts(examples: Sequence[Example]) -> Iterator[list[Example]]:
     """The examples in groups that share a context."""
     for _, group in groupby(examples, key=attrgetter("context_id", "context")):
@@ -424,13 +314,6 @@ def _config(cell: Cell) -> dict[str, Any]:
     from .store import CONFIG, read_json
 
     return read_json(cell.folder / CONFIG) or {}
-
-
-def _message(error: Exception) -> str:
-    text = one_line(str(error))
-    if isinstance(error, SahError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _seed_sampling(seed: int, example_id: str) -> None:

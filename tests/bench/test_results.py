@@ -1,0 +1,41 @@
+"""What a cell says in sum."""
+
+import pytest
+
+from sah_bench.results import combine, saving
+from sah_core import Pipeline, registry
+
+pytestmark = pytest.mark.unit
+
+
+def test_density_of_a_run_is_the_ratio_of_the_sums():
+    samples = [
+        {"density": 0.5, "selected": 5, "allowed": 10},
+        {"density": 0.1, "selected": 10, "allowed": 100},
+    ]
+    combined = combine(registry.metrics["density"], samples)
+    assert combined == {"density": 15 / 110, "selected": 15, "allowed": 110}
+
+
+def test_density_of_a_run_in_which_nothing_was_sparse_is_1():
+    none = {"density": 1.0, "selected": 0, "allowed": 0}
+    assert combine(registry.metrics["density"], [none, none])["density"] == 1.0
+
+
+def test_numbers_of_a_metric_that_does_not_say_how_are_averaged():
+    results = [{"a": 1, "b": "x", "c": True}, {"a": 2.0, "d": None}]
+    assert combine(object(), results) == {"a": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "backends", "expected"),
+    [
+        ("dense", ["sdpa"], "none"),
+        ("sink(4)", [], "none"),
+        ("sink(4)", ["gather"], "realised"),
+        ("sink(4)", ["eager", "gather"], "simulated"),
+        ("sink(4)", ["unheard-of"], "simulated"),
+    ],
+)
+def test_saving_is_realised_only_if_every_backend_skips_keys(pipeline, backends, expected):
+    assert saving(Pipeline.parse(pipeline), backends) == expected
