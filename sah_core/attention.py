@@ -47,6 +47,7 @@ def layer_info(inputs: Inputs) -> LayerInfo:
         first=inputs.allowed.first if padded else None,
         dtype=inputs.key.dtype,
         device=inputs.key.device,
+        ops=inputs.ops,
     )
 
 
@@ -54,6 +55,23 @@ def with_step(inputs: Inputs, step: int, state: Any, seed: int = 0) -> Inputs:
     """The call as the masker at position ``step`` of the pipeline sees it."""
     return attrs.evolve(
         inputs, state=state, random=Random(seed=seed, step=step, layer=inputs.layer)
+    )
+
+
+def context_only(inputs: Inputs, keys: int) -> Inputs:
+    """A call without query rows over the first ``keys`` keys, as `Masker.end_prefill` sees it."""
+    allowed = inputs.allowed.rows(0, 0)
+    if allowed.keep is not None:
+        allowed = attrs.evolve(allowed, keep=allowed.keep[..., :keys])
+    return attrs.evolve(
+        inputs,
+        query=inputs.query[:, :, :0],
+        key=inputs.key[:, :, :keys],
+        value=inputs.value[:, :, :keys],
+        allowed=allowed,
+        query_position=inputs.query_position[:, :0],
+        key_len=keys,
+        length=None,
     )
 
 
@@ -81,7 +99,8 @@ def build_mask(
             state = masker.init_state(layer_info(inputs))
             if state is not None:
                 masker.append(state, inputs.key, inputs.value, 0)
-                masker.end_prefill(state, with_step(inputs, index, state, seed).rows(0, 0))
+                context = context_only(inputs, inputs.capacity)
+                masker.end_prefill(state, with_step(context, index, state, seed))
         mask = masker.add_mask(with_step(inputs, index, state, seed), mask)
     return mask
 
@@ -165,8 +184,8 @@ class Session:
         self.observer_seconds = 0.0
         self.fallbacks: list[Fallback] = []
         self.backends_used: set[str] = set()
-        self._chosen: dict[tuple[str, Problem], Backend] = {}
-        self._backends: dict[str, Backend] = {}
+        self._chosen: dict[tuple[str, Problem, bool], Backend] = {}
+        self._backends: dict[str, Backend | None] = {}
         self._prefix: tuple[Allowed, tuple[int, int, int, int], Mask] | None = None
         self._stateful = tuple(i for i, s in enumerate(pipeline.steps) if s.is_stateful())
         self._feedback = tuple(
@@ -338,8 +357,9 @@ class Session:
                 continue
             kept = self.layers.setdefault(layer, LayerState())
             if self._stateful and not kept.ended and inputs.key_len is not None:
-                self._append(kept, inputs, inputs.key_len)
-                self._end(kept, inputs)
+                with_ops = attrs.evolve(inputs, ops=self.ops_for(inputs))
+                self._append(kept, with_ops, inputs.key_len)
+                self._end(kept, with_ops)
 
     def _append(self, kept: LayerState, inputs: Inputs, upto: int) -> None:
         steps = self.pipeline.steps
@@ -364,10 +384,10 @@ class Session:
                 self.pipeline.steps[index].append(state, key, value, position)
 
     def _end(self, kept: LayerState, inputs: Inputs) -> None:
-        without_rows = inputs.rows(0, 0)
+        context = context_only(inputs, kept.seen)
         for index, state in kept.states.items():
             if state is not None:
-                step_inputs = with_step(without_rows, index, state, self.pipeline.seed)
+                step_inputs = with_step(context, index, state, self.pipeline.seed)
                 self.pipeline.steps[index].end_prefill(state, step_inputs)
         kept.ended = True
 
@@ -423,17 +443,19 @@ class Session:
             UnsupportedError: If no backend accepts.
         """
         problem = Problem.of(inputs, mask, needs_lse=self._needs_lse and not mask.is_full)
-        known = self._chosen.get((requested, problem))
+        known = self._chosen.get((requested, problem, quiet))
         if known is not None:
             return known
         reasons: list[str] = []
         for name in candidates(requested, self._backends):
             backend = self._backends[name]
+            if backend is None:
+                continue
             reason = backend.refuses(problem)
             if reason is None:
                 if requested not in ("auto", name) and not quiet:
                     self._note(Fallback(requested, reasons[0], name))
-                self._chosen[requested, problem] = backend
+                self._chosen[requested, problem, quiet] = backend
                 return backend
             reasons.append(f"{name}: {reason}" if name != requested else reason)
         raise UnsupportedError(
@@ -462,21 +484,29 @@ def check_layers(pipeline: Pipeline, count: int) -> None:
                 )
 
 
-def candidates(requested: str, made: dict[str, Backend]) -> list[str]:
-    """Backend names in the order to try; fills ``made`` with an instance of each that loads."""
-    from sah_core import registry
-    from sah_core.errors import BrokenPluginError, PluginDisabledError
+def candidates(requested: str, made: dict[str, Backend | None]) -> list[str]:
+    """Backend names in the order to try.
 
-    if requested != "auto" and requested not in made:
+    Args:
+        requested: The name of the first, or ``auto``.
+        made: Takes an instance of each backend, None for one that cannot be made.
+
+    Returns:
+        The names of the backends that could be made.
+    """
+    from sah_core import registry
+
+    if requested != "auto" and made.get(requested) is None:
         made[requested] = registry.backends[requested]()
     for name in registry.backends.names():
-        if name in made:
-            continue
-        try:
-            made[name] = registry.backends[name]()
-        except (BrokenPluginError, PluginDisabledError) as error:
-            log.debug("backend %s is left out: %s", name, error)
-    ranked = sorted(made, key=lambda n: (-made[n].rank, n))
+        if name not in made:
+            try:
+                made[name] = registry.backends[name]()
+            except Exception as error:  # a foreign class may raise anything
+                made[name] = None
+                log.warning("backend %s is left out: %s", name, error)
+    usable = {name: backend.rank for name, backend in made.items() if backend is not None}
+    ranked = sorted(usable, key=lambda name: (-usable[name], name))
     if requested == "auto":
         return ranked
     return [requested, *(n for n in ranked if n != requested)]

@@ -46,6 +46,8 @@ class Inputs:
         key_len: Valid keys, a host int; None under graph capture, where the key buffer is longer
             than that.
         length: Valid keys on the device, int32 ``(1,)``; made from ``key_len`` when not given.
+        query_position: Key index of every query row, int32 ``(1, query_len)``; the queries are the
+            last keys when not given.
         softcap: Gemma 2's logit cap, or None.
         sinks: Learned logit per query head that joins the softmax denominator (gpt-oss),
             ``(heads,)``, or None.
@@ -68,6 +70,7 @@ class Inputs:
     scaling: float
     key_len: int | None = None
     given_length: Tensor | None = attrs.field(default=None, alias="length")
+    given_position: Tensor | None = attrs.field(default=None, alias="query_position")
     softcap: float | None = None
     sinks: Tensor | None = None
     layer: int = 0
@@ -134,7 +137,9 @@ class Inputs:
 
     @cached_property
     def query_position(self) -> Tensor:
-        """Key index of every query row, int32 ``(1, query_len)``: the queries are the last keys."""
+        """Key index of every query row, int32 ``(1, query_len)``."""
+        if self.given_position is not None:
+            return self.given_position
         row = torch.arange(self.query_len, dtype=torch.int32, device=self.device)
         if self.key_len is not None:
             return (row + (self.key_len - self.query_len)).view(1, -1)
@@ -162,9 +167,10 @@ class Inputs:
 
     def rows(self, begin: int, end: int) -> Inputs:
         """The same call for query rows ``begin`` to ``end`` (exclusive); keys stay whole."""
-        part = attrs.evolve(
-            self, query=self.query[:, :, begin:end], allowed=self.allowed.rows(begin, end)
+        return attrs.evolve(
+            self,
+            query=self.query[:, :, begin:end],
+            allowed=self.allowed.rows(begin, end),
+            # positions belong to the rows of the whole call, not to the end of the keys
+            query_position=self.query_position[:, begin:end],
         )
-        # positions belong to the rows of the whole call, not to the end of the keys
-        part.__dict__["query_position"] = self.query_position[:, begin:end]
-        return part

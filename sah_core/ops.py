@@ -107,11 +107,15 @@ class Ops:
     ) -> tuple[Tensor | None, Tensor | None]:
         """First page with a key inside the limits, and one past the last."""
         zero = 0 if origin is None else origin.view(-1, 1, 1)
+        first, last = start, stop
         if start is not None:
-            start = (start - zero).div(page_size, rounding_mode="floor")
+            first = (start - zero).div(page_size, rounding_mode="floor")
         if stop is not None:
-            stop = (stop - zero + (page_size - 1)).div(page_size, rounding_mode="floor")
-        return start, stop
+            last = (stop - zero + (page_size - 1)).div(page_size, rounding_mode="floor")
+            if start is not None and first is not None:
+                # limits that are empty inside a page hold no page
+                last = torch.where(start < stop, last, first)
+        return first, last
 
     @staticmethod
     def _hide(
@@ -281,7 +285,7 @@ class Ops:
         if bits < 16:
             low, high = round_to_bits(low.float(), bits), round_to_bits(high.float(), bits)
         if reduction in ("sum", "mean"):
-            # max(q l, q h) = relu(q) h + min(q, 0) l is linear in (relu(q), min(q, 0)): reduce those first
+            # max(q l, q h) = relu(q) h + min(q, 0) l is linear in both, so those are reduced first
             factor = 1.0 if reduction == "sum" else 1.0 / group
             up, down = rows.clamp(min=0).sum(2) * factor, rows.clamp(max=0).sum(2) * factor
         else:

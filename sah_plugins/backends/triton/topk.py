@@ -64,6 +64,9 @@ def _candidates(
         valid = valid & (at >= first // PAGE)
     if HAS_STOP:
         last = tl.load(stop + b * e_sb + head * e_sh + row * e_sr) - zero
+        if HAS_START:
+            # limits that are empty inside a page hold no page
+            last = tl.where(first < last, last, 0)
         valid = valid & (at < (tl.maximum(last, 0) + PAGE - 1) // PAGE)
     if TAKEN > 0:
         valid = _hide(at, valid, a_start, a_stop, b, row, a_sb, a_sr, a_s_off, a_eb, a_er, a_e_off)

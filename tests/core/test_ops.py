@@ -1,0 +1,254 @@
+"""The scoring primitives against loops."""
+
+import math
+
+import pytest
+import torch
+
+from sah_core import KeyRange
+from sah_core.ops import REFERENCE, round_to_bits
+
+pytestmark = pytest.mark.unit
+
+INF = float("inf")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def int32(*values, shape):
+    return torch.tensor(values, dtype=torch.int32).view(shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize(("heads", "kv_heads", "query_len"), [(4, 4, 1), (4, 2, 3), (6, 1, 2)])
+def test_logits_are_scaled_dot_products_per_head(dtype, softcap, heads, kv_heads, query_len):
+    query = torch.randn(2, heads, query_len, 8, generator=generator()).to(dtype)
+    key = torch.randn(2, kv_heads, 7, 8, generator=generator(1)).to(dtype)
+    logits = REFERENCE.logits(query, key, 0.3, softcap)
+    assert logits.dtype == torch.float32
+    for b in range(2):
+        for h in range(heads):
+            for q in range(query_len):
+                for k in range(7):
+                    dot = float(query[b, h, q].double() @ key[b, h * kv_heads // heads, k].double())
+                    dot *= 0.3
+                    expected = dot if softcap is None else math.tanh(dot / softcap) * softcap
+                    assert float(logits[b, h, q, k]) == pytest.approx(expected, abs=1e-5)
+
+
+def best(scores, capacity, *, count=None, start=None, stop=None, taken=(), page=1, origin=None):
+    """Row by row: sort the candidates by falling score and rising index."""
+    rows = []
+    batch, heads, query_len, candidates = scores.shape
+    for b in range(batch):
+        for h in range(heads):
+            for q in range(query_len):
+
+                def of(tensor, default, b=b, h=h, q=q):
+                    return (
+                        default
+                        if tensor is None
+                        else int(tensor.expand(batch, heads, query_len)[b, h, q])
+                    )
+
+                zero = 0 if origin is None else int(origin.expand(batch)[b])
+                low, high = of(start, 0), of(stop, 10**9)
+                open_ = []
+                for index in range(candidates):
+                    keys = range(index * page + zero, (index + 1) * page + zero)
+                    inside = any(low <= key < high for key in keys)
+                    gone = any(of(r.start, 0) <= keys[0] < of(r.stop, 0) for r in taken)
+                    score = float(scores[b, h, q, index])
+                    if inside and not gone and score > -INF:
+                        open_.append((-score, index))
+                width = min(capacity, of(count, capacity))
+                rows.append({index for _, index in sorted(open_)[:width]})
+    return rows
+
+
+def check(scores, capacity, **options):
+    before = scores.clone()
+    indices, chosen = REFERENCE.masked_topk(scores, capacity, **options)
+    assert torch.equal(scores, before)
+    assert indices.dtype == chosen.dtype == torch.int32
+    assert indices.shape == (*scores.shape[:3], capacity)
+    options["page"] = options.pop("page_size", 1)
+    expected = best(scores, capacity, **options)
+    for row, number, wanted in zip(
+        indices.flatten(0, 2).tolist(), chosen.flatten().tolist(), expected, strict=True
+    ):
+        assert set(row[:number]) == wanted
+        assert number == len(wanted)
+        assert row[number:] == [-1] * (capacity - number)
+
+
+def scores_of(kind, shape=(2, 3, 2, 17)):
+    scores = torch.randn(shape, generator=generator(5))
+    if kind == "ties":
+        scores = torch.randint(0, 3, shape, generator=generator(6)).float()
+    if kind == "all equal":
+        scores = torch.zeros(shape)
+    if kind == "holes":
+        scores[torch.rand(shape, generator=generator(7)) < 0.7] = -INF
+    if kind == "rows of holes":
+        scores[:, :, 0] = -INF
+        scores[0, 0, 1, 3:] = -INF
+    if kind == "zeros of both signs":
+        scores = torch.where(scores > 0, 0.0, -0.0)
+    return scores
+
+
+KINDS = ("distinct", "ties", "all equal", "holes", "rows of holes", "zeros of both signs")
+POSITION = int32(15, 16, shape=(1, 1, 2))
+OPTIONS = {
+    "plain": {},
+    "count of each row": {"count": torch.randint(0, 6, (2, 3, 2), generator=generator(8)).int()},
+    "count of each sequence": {"count": int32(1, 4, shape=(2, 1, 1))},
+    "one limit": {"start": int32(3, shape=(1, 1, 1)), "stop": int32(12, shape=(1, 1, 1))},
+    "limits of each row": {"start": int32(0, 5, shape=(2, 1, 1)), "stop": POSITION + 1},
+    "nothing allowed": {"start": int32(4, shape=(1, 1, 1)), "stop": int32(4, shape=(1, 1, 1))},
+    "limits past the ends": {
+        "start": int32(-3, shape=(1, 1, 1)),
+        "stop": int32(90, shape=(1, 1, 1)),
+    },
+    "taken once": {
+        "taken": [
+            KeyRange(int32(0, shape=(1, 1, 1)), int32(0, shape=(1, 1, 1)), 4, -2, 4),
+            KeyRange(int32(16, shape=(1, 1, 1)), int32(16, shape=(1, 1, 1)), 4, -3, 5),
+        ]
+    },
+    "taken in each row": {
+        "start": int32(2, 0, shape=(2, 1, 1)),
+        "stop": POSITION + 1,
+        "taken": [KeyRange(POSITION, POSITION, 4, -3, 1)],
+        "count": int32(5, 2, shape=(2, 1, 1)),
+    },
+    "head limits": {"stop": int32(17, 5, 1, shape=(1, 3, 1))},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("capacity", [0, 1, 5, 17, 30])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_best_candidates_are_chosen_and_of_equal_ones_the_lower_index(kind, capacity, options):
+    if "count" in options:
+        options = options | {"count": options["count"].clamp(max=capacity)}
+    check(scores_of(kind), capacity, **options)
+
+
+PAGES = {
+    "plain": {},
+    "origin": {"origin": int32(0, 3, shape=(2,))},
+    "limits": {
+        "origin": int32(0, 3, shape=(2,)),
+        "start": int32(0, 3, shape=(2, 1, 1)),
+        "stop": int32(17, 18, shape=(1, 1, 2)),
+    },
+    "limits inside pages": {"start": int32(6, shape=(1, 1, 1)), "stop": int32(9, shape=(1, 1, 1))},
+    "window before the origin": {
+        "origin": int32(9, 0, shape=(2,)),
+        "start": int32(2, shape=(1, 1, 1)),
+        "stop": int32(11, 12, shape=(1, 1, 2)),
+    },
+    "nothing allowed": {"start": int32(6, shape=(1, 1, 1)), "stop": int32(6, shape=(1, 1, 1))},
+    "nothing allowed in one row": {
+        "start": int32(6, 0, shape=(2, 1, 1)),
+        "stop": int32(6, 7, shape=(1, 1, 2)),
+    },
+}
+
+
+@pytest.mark.parametrize("options", PAGES.values(), ids=PAGES)
+@pytest.mark.parametrize("capacity", [1, 3, 8])
+def test_a_page_is_a_candidate_if_any_of_its_keys_is_allowed(capacity, options):
+    check(scores_of("ties", (2, 3, 2, 5)), capacity, page_size=4, **options)
+
+
+@pytest.mark.parametrize("first", [None, (0, 0), (0, 5), (13, 2)])
+@pytest.mark.parametrize(("key_len", "page"), [(14, 4), (16, 4), (3, 8), (1, 1)])
+def test_page_bounds_are_the_extremes_of_the_keys_of_each_page(first, key_len, page):
+    key = torch.randn(2, 3, key_len, 4, generator=generator())
+    padding = None if first is None else torch.tensor(first, dtype=torch.int32)
+    low, high = REFERENCE.page_bounds(key, page, padding)
+    pages = -(-key_len // page)
+    assert low.shape == high.shape == (2, 3, pages, 4)
+    for b in range(2):
+        begin = 0 if first is None else first[b]
+        for index in range(pages):
+            rows = key[b, :, begin + index * page : begin + (index + 1) * page]
+            if rows.shape[1]:
+                assert torch.equal(low[b, :, index], rows.amin(1))
+                assert torch.equal(high[b, :, index], rows.amax(1))
+            else:
+                assert (low[b, :, index] == INF).all()
+                assert (high[b, :, index] == -INF).all()
+
+
+@pytest.mark.parametrize("chunks", [(23,), (1,) * 23, (5, 1, 1, 9, 7), (4, 4, 4, 4, 7)])
+@pytest.mark.parametrize("first", [None, (0, 6), (22, 3)])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_bounds_taken_in_by_chunks_are_those_of_all_keys(chunks, first, on_device):
+    key = torch.randn(2, 2, 23, 4, generator=generator())
+    padding = None if first is None else torch.tensor(first, dtype=torch.int32)
+    low, high = (torch.full((2, 2, 6, 4), 77.0) for _ in range(2))
+    start = 0
+    for size in chunks:
+        where = torch.tensor([start], dtype=torch.int32) if on_device else start
+        part = key[:, :, start : start + size]
+        REFERENCE.page_bounds_update(low, high, part, where, 4, padding)
+        start += size
+    for b in range(2):
+        begin = 0 if first is None else first[b]
+        for index in range(-(-(23 - begin) // 4)):
+            rows = key[b, :, begin + index * 4 : begin + (index + 1) * 4]
+            assert torch.equal(low[b, :, index], rows.amin(1))
+            assert torch.equal(high[b, :, index], rows.amax(1))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "max"])
+@pytest.mark.parametrize("bits", [16, 3])
+def test_page_scores_are_the_upper_bound_of_each_page(reduction, bits):
+    query = torch.randn(2, 4, 2, 5, generator=generator())
+    low = torch.randn(2, 2, 3, 5, generator=generator(1))
+    high = low + torch.rand(2, 2, 3, 5, generator=generator(2))
+    scores = REFERENCE.page_scores(query, low, high, reduction, bits)
+    if bits < 16:
+        low, high = round_to_bits(low, bits), round_to_bits(high, bits)
+    bounds = torch.zeros(2, 4, 2, 3, dtype=torch.float64)
+    for b in range(2):
+        for h in range(4):
+            for q in range(2):
+                for p in range(3):
+                    bounds[b, h, q, p] = sum(
+                        max(x * a, x * c)
+                        for x, a, c in zip(
+                            query[b, h, q].tolist(),
+                            low[b, h // 2, p].tolist(),
+                            high[b, h // 2, p].tolist(),
+                            strict=True,
+                        )
+                    )
+    grouped = bounds.view(2, 2, 2, 2, 3)
+    expected = {
+        "none": bounds,
+        "sum": grouped.sum(2),
+        "mean": grouped.mean(2),
+        "max": grouped.amax(2),
+    }[reduction]
+    torch.testing.assert_close(scores, expected.float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_rounding_goes_to_the_nearest_of_the_levels_between_the_extremes(bits):
+    tensor = torch.randn(3, 7, generator=generator())
+    tensor[1] = 4.0
+    rounded = round_to_bits(tensor, bits)
+    for row, values in zip(tensor.tolist(), rounded.tolist(), strict=True):
+        low, high = min(row), max(row)
+        step = (high - low) / (2**bits - 1)
+        levels = [low + i * step for i in range(2**bits)]
+        for x, y in zip(row, values, strict=True):
+            assert abs(y - x) <= min(abs(level - x) for level in levels) + 1e-5

@@ -1,0 +1,103 @@
+"""Buffers that grow in place, and what a layer tells a masker."""
+
+import pytest
+import torch
+
+from sah_core import Allowed, Inputs
+from sah_core.attention import layer_info
+from sah_core.ops import Ops
+from sah_core.state import GrowingBuffer
+
+pytestmark = pytest.mark.unit
+
+
+def rows(count, value=0.0, dim=2):
+    shape = [1, 2, 3]
+    shape.insert(dim, count)
+    return torch.full(shape, value) + torch.rand(shape)
+
+
+@pytest.mark.parametrize("dim", [0, 2, 3])
+@pytest.mark.parametrize("capacity", [0, 5, 100])
+def test_what_was_appended_is_there_in_order(dim, capacity):
+    torch.manual_seed(0)
+    buffer = GrowingBuffer(dim=dim, capacity=capacity)
+    parts = [rows(count, i, dim) for i, count in enumerate((1, 4, 1, 7, 1, 1))]
+    for end in range(len(parts)):
+        view = buffer.append(parts[end])
+        assert torch.equal(view, torch.cat(parts[: end + 1], dim=dim))
+        assert torch.equal(buffer.view, view)
+
+
+def test_room_taken_ahead_is_written_in_place():
+    buffer = GrowingBuffer(capacity=10)
+    place = buffer.append(rows(1)).data_ptr()
+    for _ in range(9):
+        assert buffer.append(rows(1)).data_ptr() == place
+
+
+def test_growing_copies_at_most_once_per_doubling():
+    buffer = GrowingBuffer()
+    places = {buffer.append(rows(1)).data_ptr(): None for _ in range(1024)}
+    assert len(places) <= 11
+
+
+def test_a_view_that_was_handed_out_does_not_change():
+    buffer = GrowingBuffer()
+    view = buffer.append(rows(3))
+    before = view.clone()
+    for _ in range(20):
+        buffer.append(rows(2))
+    assert torch.equal(view, before)
+
+
+def test_a_snapshot_is_a_length_and_restoring_cuts_back_to_it():
+    buffer = GrowingBuffer()
+    first = buffer.append(rows(5)).clone()
+    token = buffer.snapshot()
+    assert token == 5
+    for count in (1, 40):
+        buffer.append(rows(count))
+        buffer.restore(token)
+        assert torch.equal(buffer.view, first)
+        again = rows(2)
+        assert torch.equal(buffer.append(again), torch.cat([first, again], dim=2))
+        buffer.restore(token)
+
+
+def test_an_empty_buffer_has_no_view():
+    with pytest.raises(RuntimeError, match="empty"):
+        _ = GrowingBuffer().view
+
+
+def test_appending_does_not_keep_the_tensor_of_the_caller():
+    buffer = GrowingBuffer()
+    given = rows(2)
+    view = buffer.append(given)
+    before = view.clone()
+    given.zero_()
+    assert torch.equal(view, before)
+
+
+@pytest.mark.parametrize("first", [None, (0, 0), (0, 3)])
+def test_a_layer_tells_its_shapes_its_padding_and_its_ops(first):
+    ops = Ops()
+    padding = None if first is None else torch.tensor(first, dtype=torch.int32)
+    inputs = Inputs(
+        query=torch.zeros(2, 6, 1, 4),
+        key=torch.zeros(2, 3, 9, 4, dtype=torch.bfloat16),
+        value=torch.zeros(2, 3, 9, 5),
+        allowed=Allowed.causal(1, 9, first=padding),
+        scaling=1.0,
+        key_len=9,
+        layer=3,
+        layer_count=8,
+        ops=ops,
+    )
+    info = layer_info(inputs)
+    assert (info.index, info.count, info.batch, info.heads, info.kv_heads) == (3, 8, 2, 6, 3)
+    assert (info.head_dim, info.value_dim, info.capacity) == (4, 5, 9)
+    assert info.dtype == torch.bfloat16
+    assert info.device == torch.device("cpu")
+    assert info.ops is ops
+    assert (info.first is None) == (first != (0, 3))
