@@ -260,7 +260,7 @@ class Session:
         sparse = self.pipeline.is_sparse(layer, layer_type, phase)
         if not sparse:
             mask = Mask.full(inputs.shape)
-            backend = self.backend_for(inputs, mask, requested="auto")
+            backend = self.backend_for(inputs, mask, requested="auto", feedback=False)
         else:
             inputs = attrs.evolve(inputs, ops=self.ops_for(inputs))
             states = self.advance(inputs) if self._stateful else {}
@@ -434,15 +434,28 @@ class Session:
         ).ops
 
     def backend_for(
-        self, inputs: Inputs, mask: Mask, *, requested: str, quiet: bool = False
+        self,
+        inputs: Inputs,
+        mask: Mask,
+        *,
+        requested: str,
+        quiet: bool = False,
+        feedback: bool = True,
     ) -> Backend:
-        """The backend for a call: the requested one if it accepts, else the capable one of the
-        highest rank.
+        """The backend for a call.
+
+        Args:
+            inputs: The call.
+            mask: What it selects.
+            requested: The backend to take if it accepts, else the capable one of the highest rank
+                runs; ``auto`` has no preference.
+            quiet: Do not note a fallback.
+            feedback: The log-sum-exp is wanted where a masker of the pipeline needs it.
 
         Raises:
             UnsupportedError: If no backend accepts.
         """
-        problem = Problem.of(inputs, mask, needs_lse=self._needs_lse and not mask.is_full)
+        problem = Problem.of(inputs, mask, needs_lse=self._needs_lse and feedback)
         known = self._chosen.get((requested, problem, quiet))
         if known is not None:
             return known
