@@ -70,6 +70,9 @@ def one_limit(inputs: Inputs, allowed: Allowed) -> Tensor:
     for block in blocks(inputs):
         (starts,), (stops,) = block.allowed.bounds
         low, high = max(0, min(starts)), max(stops)
+        if high <= low:  # rows of padding alone
+            parts.append(plain(block, low, high))
+            continue
         position = torch.arange(low, high, device=inputs.device, dtype=torch.int32)
         keep = (position >= block.allowed.start.unsqueeze(-1)) & (
             position < block.allowed.stop.unsqueeze(-1)
