@@ -13,7 +13,9 @@ import re
 import sys
 from pathlib import Path
 
-BLOCK = re.compile(r"(?P<before>(?:^<!--.*-->\n+)?)^```(?P<kind>\w+)\n(?P<body>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(
+    r"(?P<before>(?:^<!--.*-->\n+)?)^```(?P<kind>\w+)\n(?P<body>.*?)^```$", re.M | re.S
+)
 
 
 def command(name: str) -> str:

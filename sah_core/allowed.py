@@ -10,6 +10,7 @@ question) add a boolean ``keep``.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import attrs
 import torch
@@ -127,6 +128,11 @@ class Allowed:
             known_first=self.known_first,
             known_bounds=self.known_bounds,
         )
+
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What was computed from these limits once and holds for every layer that shares them."""
+        return {}
 
     @cached_property
     def bounds(self) -> tuple[list[list[int]], list[list[int]]]:

@@ -20,7 +20,7 @@ from sah_core.backend import Backend, Problem
 from sah_core.errors import ParameterError, UnsupportedError
 from sah_core.hookspecs import PROJECT, ObserverSpec
 from sah_core.inputs import Inputs, Phase
-from sah_core.mask import Mask
+from sah_core.mask import KeyRange, Mask
 from sah_core.masker import Masker
 from sah_core.ops import Ops
 from sah_core.randomness import Random
@@ -43,7 +43,7 @@ def layer_info(inputs: Inputs) -> LayerInfo:
         kv_heads=inputs.kv_heads,
         head_dim=inputs.key.shape[3],
         value_dim=inputs.value.shape[3],
-        capacity=inputs.capacity,
+        capacity=buffer_length(inputs.key),
         first=inputs.allowed.first if padded else None,
         dtype=inputs.key.dtype,
         device=inputs.key.device,
@@ -259,7 +259,7 @@ class Session:
         )
         sparse = self.pipeline.is_sparse(layer, layer_type, phase)
         if not sparse:
-            mask = Mask.full(inputs.shape)
+            mask = full_mask(inputs)
             backend = self.backend_for(inputs, mask, requested="auto", feedback=False)
         else:
             inputs = attrs.evolve(inputs, ops=self.ops_for(inputs))
@@ -285,6 +285,10 @@ class Session:
                 backend=backend.name,
             )
         return output
+
+    def forget_pass(self) -> None:
+        """Drop what was computed for the last forward pass."""
+        self._prefix = None
 
     def start_question(self) -> None:
         """The context is complete: the next forward pass is a question, whatever its length."""
@@ -329,12 +333,20 @@ class Session:
     def advance(self, inputs: Inputs) -> dict[int, Any]:
         """Show the states of a layer the keys that they have not seen."""
         kept = self.layers.get(inputs.layer)
+        if kept is not None and kept.seen and inputs.key_len == inputs.query_len:
+            self.reset()  # all keys are new: another text, for which nothing has been kept
+            kept = None
         if kept is None:
             kept = self.layers[inputs.layer] = LayerState()
         if inputs.key_len is None:
             self._append_captured(kept, inputs)
             return kept.states
         context = inputs.key_len - inputs.query_len
+        if context < kept.seen:
+            raise UnsupportedError(
+                what=f"a stateful masker in layer {inputs.layer} ({inputs.layer_type})",
+                reason="the cache has dropped keys that the masker has taken note of",
+            )
         if inputs.phase == "prefill":
             self._append(kept, inputs, inputs.key_len)
             return kept.states
@@ -376,6 +388,11 @@ class Session:
         kept.seen = upto
 
     def _append_captured(self, kept: LayerState, inputs: Inputs) -> None:
+        if self._stateful and not kept.states:
+            raise UnsupportedError(
+                what=f"captured decoding of layer {inputs.layer}",
+                reason="its states must be built from the context first",
+            )
         position = inputs.length - inputs.query_len
         key = inputs.key.index_select(2, position)
         value = inputs.value.index_select(2, position)
@@ -495,6 +512,22 @@ def check_layers(pipeline: Pipeline, count: int) -> None:
                 raise ParameterError(
                     "Pipeline", option, layer, f"layer indices below {count}, the model's layers"
                 )
+
+
+def full_mask(inputs: Inputs) -> Mask:
+    """Every allowed key; inside a capture as a range, since its end lives on the device."""
+    if inputs.key_len is not None:
+        return Mask.full(inputs.shape)
+    allowed = inputs.allowed
+    return Mask.from_ranges(inputs.shape, [KeyRange(allowed.start, allowed.stop, inputs.capacity)])
+
+
+def buffer_length(key: Tensor) -> int:
+    """Keys that fit into the buffer that ``key`` is the filled part of."""
+    steps = key.stride()
+    if steps[3] == 1 and steps[2] == key.shape[3] and steps[1] % steps[2] == 0:
+        return max(key.shape[2], steps[1] // steps[2])
+    return key.shape[2]
 
 
 def candidates(requested: str, made: dict[str, Backend | None]) -> list[str]:

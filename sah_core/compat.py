@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +58,9 @@ def limits(
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-    running = capture_of_thread()
+    running = running_capture()
     if running is not None:
-        return running.limits
+        return running.limits()
     window = None
     structured = mask_function is None or mask_function is causal_mask_function
     if not structured and local_size is not None and not use_vmap and mask_function is not None:
@@ -187,7 +188,7 @@ def check_supported(model: Any) -> None:
     Raises:
         UnsupportedError: With the class of the model.
     """
-    if not follows_interface(type(model)):
+    if not follows_interface(model.__class__):
         raise UnsupportedError(
             what=f"model class {type(model).__name__}",
             reason="its attention does not go through transformers' attention interface",
@@ -222,6 +223,17 @@ def set_implementation(config: Any, name: str) -> None:
     is nothing to check, and any other it had before.
     """
     config._attn_implementation_internal = name
+
+
+def keep_softcap(model: Any) -> None:
+    """Take a model with capped logits off SDPA, which older transformers choose for Gemma 2 and
+    which leaves the cap out without a word.
+    """
+    if getattr(text_config(model), "attn_logit_softcapping", None) is None:
+        return
+    for config in attention_configs(model):
+        if implementation_of(config) == "sdpa":
+            set_implementation(config, "eager")
 
 
 @cache
@@ -284,10 +296,20 @@ def _preallocated_layer() -> type[Any]:
                 return buffer
             room = self.capacity if buffer is None else 2 * buffer.shape[2]
             shape = (like.shape[0], like.shape[1], max(end, room), like.shape[3])
-            fresh = like.new_empty(shape)
+            # zeros, because what is masked out is still multiplied: 0 * garbage may be NaN
+            fresh = like.new_zeros(shape)
             if buffer is not None:
                 fresh[:, :, : self.length] = buffer[:, :, : self.length]
             return fresh
+
+        def reserve(self, tokens: int) -> None:
+            """Make room for so many tokens at once."""
+            if self.key_buffer is None or self.value_buffer is None:
+                self.capacity = max(self.capacity, tokens)
+            elif tokens > self.key_buffer.shape[2]:
+                self.key_buffer = self._room(self.key_buffer, self.key_buffer, tokens)
+                self.value_buffer = self._room(self.value_buffer, self.value_buffer, tokens)
+                self.set_length(self.length)
 
         def set_length(self, length: int) -> None:
             """Keep the first ``length`` tokens."""
@@ -420,24 +442,75 @@ def cached_tensors(kv_cache: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 class Capture:
-    """A decode step whose lengths live on the device.
+    """Decode steps whose lengths live on the device, so that a CUDA graph can replay them.
+
+    Args:
+        kv_cache: A cache made by `make_cache`, in which every layer has seen the same tokens.
+        batch: Sequences.
+        room: Tokens still to come.
+        first: First real key per sequence, int32 ``(batch | 1,)``; None without padding.
 
     Attributes:
-        limits: What the one query row may attend; its tensors are updated between replays.
+        position: Slot of the new token, int64 ``(1,)``.
         length: Valid keys, the new one included, int32 ``(1,)``.
+
+    Raises:
+        UnsupportedError: If a layer of the cache is not preallocated.
     """
 
-    def __init__(self, limits: Allowed, length: Tensor) -> None:
-        self.limits = limits
-        self.length = length
+    def __init__(self, kv_cache: Any, batch: int, room: int, first: Tensor | None = None) -> None:
+        self.layers = list(kv_cache.layers)
+        for index, layer in enumerate(self.layers):
+            if kind_of(layer) != "length" or layer.key_buffer is None:
+                raise UnsupportedError(
+                    what=f"captured decoding with layer {index} ({type(layer).__name__})",
+                    reason="its length cannot live on the device",
+                )
+        self.start = self.layers[0].length
+        device = self.layers[0].key_buffer.device
+        for layer in self.layers:
+            layer.reserve(self.start + room)
+        self.batch = batch
+        self.position = torch.full((1,), self.start, dtype=torch.int64, device=device)
+        self.length = torch.full((1,), self.start + 1, dtype=torch.int32, device=device)
+        self.padded = first is not None
+        self.first = torch.zeros(1, dtype=torch.int32, device=device) if first is None else first
+
+    def limits(self) -> Allowed:
+        """What the new token may attend; made anew in every forward pass, so that nothing derived
+        from it outlives the pass.
+        """
+        return Allowed(self.first.view(-1, 1, 1), self.length.view(1, 1, 1), self.first)
+
+    def position_ids(self) -> Tensor:
+        """Position of the new token in each sequence, int64 ``(batch, 1)``."""
+        return (self.position - self.first).view(-1, 1).expand(self.batch, 1)
+
+    def advance(self) -> None:
+        """Move to the next token, on the device."""
+        self.position += 1
+        self.length += 1
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let the cache and the mask function follow the device's lengths."""
+        _captures.append(self)
+        for layer in self.layers:
+            layer.position = self.position
+        try:
+            yield
+        finally:
+            _captures.pop()
+            for layer in self.layers:
+                layer.position = None
 
 
-_CAPTURES: list[Capture] = []
+_captures: list[Capture] = []
 
 
-def capture_of_thread() -> Capture | None:
+def running_capture() -> Capture | None:
     """The capture that is running now, or None."""
-    return _CAPTURES[-1] if _CAPTURES else None
+    return _captures[-1] if _captures else None
 
 
 def call_arguments(kwargs: dict[str, Any]) -> tuple[float | None, Tensor | None]:

@@ -156,9 +156,12 @@ class Inputs:
             return Budget(min(size.tokens, self.capacity))
         assert size.fraction is not None
         if self.key_len is None:
-            real = (self.length - self.allowed.first).double()
-            count = (real * size.fraction).floor().to(torch.int32).view(-1, 1, 1)
-            return Budget(size.resolve(self.capacity), count)
+            known = self.allowed.memo.get(size)
+            if known is None:
+                real = (self.length - self.allowed.first).double()
+                count = (real * size.fraction).floor().to(torch.int32).view(-1, 1, 1)
+                known = self.allowed.memo[size] = Budget(size.resolve(self.capacity), count)
+            return known
         counts = [size.resolve(max(0, self.key_len - first)) for first in self.allowed.first_host]
         if len(set(counts)) == 1:
             return Budget(counts[0])

@@ -99,11 +99,18 @@ def attach(
 
 
 @contextmanager
-def use(model: Any, session: Session) -> Iterator[Session]:
-    """Attach an existing session, which keeps its state from block to block."""
+def use(model: Any, session: Session, *, always: bool = False) -> Iterator[Session]:
+    """Attach an existing session, which keeps its state from block to block.
+
+    Args:
+        model: The model.
+        session: The session.
+        always: Patch for a dense pipeline too.
+    """
     modules = [id(module) for module in compat.attention_modules(model)]
     previous = {module: _sessions.get(module) for module in modules}
-    if session.pipeline.is_dense and session.hook is None and not any(previous.values()):
+    idle = session.pipeline.is_dense and session.hook is None and not always
+    if idle and not any(previous.values()):
         yield session
         return
     compat.check_supported(model)

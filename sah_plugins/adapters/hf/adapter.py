@@ -5,61 +5,28 @@ pipelines on it.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import attrs
 import torch
 
 from sah_core import Allowed, Inputs, Pipeline, Request, Response, compat
-from sah_core.attention import Session, Snapshot
+from sah_core.attention import Session
 from sah_core.errors import ContextTooLongError, ParameterError, RequestError
 from sah_core.patching import use
 from sah_core.requests import AnswerDetail
 
+from .generation import generation_options
+from .captured import CapturedDecode
 from .loading import Loaded, load_model
+from .prefilled import ContextState, Prefilled, shared_context
 from .prompts import Prompt, build_prompts
 
-DEFAULT_NEW_TOKENS = 64
 ROOM = 256
 """Tokens of cache taken ahead for generation."""
 REQUEST_OPTIONS = ("max_context_length", "truncation", "chat", "prefill_chunk_size")
-
-
-@attrs.define
-class Prefilled:
-    """A context whose keys and values are ready.
-
-    Attributes:
-        request: What is asked.
-        prompts: One per question.
-        shared: Leading tokens that all prompts share and that the cache holds.
-        cache: The KV cache.
-        base: Its snapshot after the context.
-        seconds: Time of the prefill.
-        session: The session that ran it if the prefill was sparse, else None; only that pipeline
-            can then answer.
-        sessions: States built on this context, per pipeline, and their snapshots.
-    """
-
-    request: Request
-    prompts: list[Prompt]
-    shared: int
-    cache: Any
-    base: list[Any]
-    seconds: float
-    session: Session | None = None
-    sessions: dict[str, tuple[Session, Snapshot]] = attrs.field(factory=dict)
-
-    @property
-    def context_tokens(self) -> int:
-        """Tokens of the longest context part among the prompts."""
-        return max(p.context_tokens for p in self.prompts)
-
-    @property
-    def shareable(self) -> bool:
-        """Whether any pipeline with a dense prefill can answer from here."""
-        return self.session is None
 
 
 class HuggingFaceAdapter:
@@ -112,6 +79,7 @@ class HuggingFaceAdapter:
     def _take(self, loaded: Loaded) -> None:
         self.loaded = loaded
         self.model: Any = loaded.model
+        compat.keep_softcap(self.model)
         self.tokenizer: Any = loaded.tokenizer
         self.layer_types = compat.layer_types(self.model)
         self._cache_argument = compat.cache_argument(type(self.model).forward)
@@ -164,7 +132,10 @@ class HuggingFaceAdapter:
             ContextTooLongError: If prompt and answer do not fit into the model.
             RequestError: For options that are not known.
         """
-        prefilled = self.prefill(request, request_kwargs, self.pipeline)
+        generation_options(
+            self.model, self.tokenizer, generation_kwargs
+        )  # before the expensive part
+        prefilled = self.prefill(request, request_kwargs, self.pipeline, observers=observers)
         return self.answer(prefilled, self.pipeline, generation_kwargs, observers=observers)
 
     @torch.no_grad()
@@ -173,6 +144,8 @@ class HuggingFaceAdapter:
         request: Request,
         request_kwargs: Mapping[str, Any] | None = None,
         pipeline: Pipeline | str | None = None,
+        *,
+        observers: Sequence[object] = (),
     ) -> Prefilled:
         """Run the context once.
 
@@ -180,6 +153,7 @@ class HuggingFaceAdapter:
             request: Context and questions.
             request_kwargs: As for `process_request`.
             pipeline: Only needed where its prefill is sparse; dense otherwise.
+            observers: Objects with observer hooks; only a sparse prefill has something to observe.
         """
         options = dict(request_kwargs or {})
         unknown = sorted(set(options) - set(REQUEST_OPTIONS))
@@ -204,9 +178,10 @@ class HuggingFaceAdapter:
             parsed = Pipeline.parse(pipeline)
             if "prefill" in parsed.phases and not parsed.is_dense:
                 session = Session(parsed, self.layer_types)
+        watched = session and self._watched(session, observers)
         begin = self._now()
-        self._extend(kv_cache, prompts[0].ids[:shared], 0, session, chunk)
-        seconds = self._now() - begin
+        self._extend(kv_cache, prompts[0].ids[:shared], 0, watched, chunk)
+        seconds = self._now() - begin - (watched.observer_seconds if watched else 0.0)
         base = compat.snapshot_cache(kv_cache)
         return Prefilled(request, prompts, shared, kv_cache, base, seconds, session)
 
@@ -233,17 +208,20 @@ class HuggingFaceAdapter:
             RequestError: If the prefill was sparse and belongs to another pipeline.
         """
         parsed = self.pipeline if pipeline is None else Pipeline.parse(pipeline)
-        session, snapshot = self._session(prefilled, parsed)
-        watching = Session(parsed, self.layer_types, observers=observers) if observers else None
-        if watching is not None:
-            watching.layers, watching.request_state = session.layers, session.request_state
-            session = watching
+        options = generation_options(self.model, self.tokenizer, generation_kwargs)
+        state = self._state(prefilled, parsed)
+        session = self._watched(state.session, observers)
         request = prefilled.request
         session.observe("sah_request_begin", request=request, pipeline=parsed)
+        session.observe(
+            "sah_prefill_end",
+            layer_count=len(self.layer_types),
+            context_tokens=prefilled.context_tokens,
+        )
         chosen = range(len(prefilled.prompts)) if indices is None else indices
         details = tuple(
-            self._generate(prefilled, session, snapshot, prefilled.prompts[i], generation_kwargs)
-            for i in chosen
+            self._generate(prefilled, attrs.evolve(state, session=session), index, options)
+            for index in chosen
         )
         single = isinstance(request.questions, str)
         texts = [d.text for d in details]
@@ -253,11 +231,59 @@ class HuggingFaceAdapter:
 
     # Parts
 
-    def _session(self, prefilled: Prefilled, pipeline: Pipeline) -> tuple[Session, Snapshot]:
+    def _watched(self, session: Session, observers: Sequence[object]) -> Session:
+        """A session with observers on the states of another one."""
+        if not observers:
+            return session
+        watched = Session(session.pipeline, self.layer_types, observers=observers)
+        watched.layers, watched.request_state = session.layers, session.request_state
+        return watched
+
+    @torch.no_grad()
+    def capture_decode(
+        self,
+        prefilled: Prefilled,
+        pipeline: Pipeline | str | None = None,
+        *,
+        index: int = 0,
+        room: int = 256,
+    ) -> CapturedDecode:
+        """Answer one question greedily with the decode step captured in a CUDA graph.
+
+        Args:
+            prefilled: What `prefill` returned; using it otherwise ends the loop's validity.
+            pipeline: What to run; the adapter's when None.
+            index: Which question.
+            room: Most tokens to be decoded after the first.
+
+        Returns:
+            The loop, its first token (chosen from the question) waiting to be fed.
+
+        Raises:
+            UnsupportedError: If pipeline or model cannot be captured.
+        """
+        parsed = self.pipeline if pipeline is None else Pipeline.parse(pipeline)
+        state, prompt = self._state(prefilled, parsed), prefilled.prompts[index]
+        question = torch.tensor([prompt.ids[prompt.context_tokens :]], device=self.device)
+        with self._resumed(prefilled, state, prompt) as session, use(self.model, session):
+            session.start_question()
+            output = self.model(
+                input_ids=question,
+                attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.long, device=self.device),
+                logits_to_keep=1,
+                use_cache=True,
+                **{self._cache_argument: prefilled.cache},
+            )
+            live = Session(parsed, self.layer_types)
+            live.layers, live.request_state = session.layers, session.request_state
+        token = output.logits[:, -1].argmax(-1, keepdim=True)
+        return CapturedDecode(self.model, live, prefilled.cache, token, room=room)
+
+    def _state(self, prefilled: Prefilled, pipeline: Pipeline) -> ContextState:
         """The pipeline's states over the context, built once per context."""
         key = pipeline.text
-        if key in prefilled.sessions:
-            return prefilled.sessions[key]
+        if key in prefilled.states:
+            return prefilled.states[key]
         session = prefilled.session
         if session is None:
             if "prefill" in pipeline.phases and not pipeline.is_dense:
@@ -270,10 +296,15 @@ class HuggingFaceAdapter:
                 f"this context was prefilled by '{session.pipeline.text}'; '{key}' needs its own"
             )
         compat.restore_cache(prefilled.cache, prefilled.base)
+        before = session.snapshot() if session is prefilled.session else None
+        self._end_context(session, prefilled.cache)
+        prefilled.states[key] = ContextState(session, session.snapshot(), before)
+        return prefilled.states[key]
+
+    def _end_context(self, session: Session, kv_cache: Any) -> None:
+        """Tell the states that the cache holds the context and nothing else."""
         if session.pipeline.steps:
-            session.end_prefill(self._cached_inputs(prefilled.cache))
-        prefilled.sessions[key] = session, session.snapshot()
-        return prefilled.sessions[key]
+            session.end_prefill(self._cached_inputs(kv_cache))
 
     def _cached_inputs(self, kv_cache: Any) -> dict[int, Inputs]:
         """Per layer a call without query rows over the cached keys."""
@@ -328,42 +359,57 @@ class HuggingFaceAdapter:
                 self.model(**arguments)
             session.phase = None
 
+    @contextmanager
+    def _resumed(
+        self, prefilled: Prefilled, state: ContextState, prompt: Prompt
+    ) -> Iterator[Session]:
+        """Cache and states at the end of a prompt's context.
+
+        A prompt may share more with its context than the questions share with each other: the last
+        tokens of the context may merge with the start of some questions only. The states then end
+        where they end for this question alone.
+        """
+        compat.restore_cache(prefilled.cache, prefilled.base)
+        session, extra = state.session, prompt.ids[prefilled.shared : prompt.context_tokens]
+        kept = session.layers, session.request_state
+        try:
+            if not extra:
+                session.restore(state.ended)
+            elif state.open is not None:
+                session.restore(state.open)
+                self._extend(prefilled.cache, extra, prefilled.shared, session)
+                self._end_context(session, prefilled.cache)
+            else:
+                session.layers, session.request_state = {}, {}
+                self._extend(prefilled.cache, extra, prefilled.shared, None)
+                self._end_context(session, prefilled.cache)
+            yield session
+        finally:
+            session.layers, session.request_state = kept
+
     def _generate(
-        self,
-        prefilled: Prefilled,
-        session: Session,
-        snapshot: Snapshot,
-        prompt: Prompt,
-        generation_kwargs: Mapping[str, Any] | None,
+        self, prefilled: Prefilled, state: ContextState, index: int, options: dict[str, Any]
     ) -> AnswerDetail:
-        kv_cache = prefilled.cache
-        compat.restore_cache(kv_cache, prefilled.base)
-        session.restore(snapshot)
-        options = self._generation_options(generation_kwargs)
+        prompt = prefilled.prompts[index]
         limit, room = self.max_context, options["max_new_tokens"]
         if limit is not None and len(prompt.ids) + room > limit:
             raise ContextTooLongError(
                 len(prompt.ids) + room, limit, "the model's context, new tokens included"
             )
         begin = self._now()
-        observed = session.observer_seconds
-        # a prompt may share more with its context than the questions share with each other
-        sparse_prefill = session if prefilled.session is not None else None
-        if prompt.context_tokens > prefilled.shared:
-            extra = prompt.ids[prefilled.shared : prompt.context_tokens]
-            self._extend(kv_cache, extra, prefilled.shared, sparse_prefill)
+        observed = state.session.observer_seconds
         question = torch.tensor([prompt.ids[prompt.context_tokens :]], device=self.device)
-        session.start_question()
-        with use(self.model, session):
+        with self._resumed(prefilled, state, prompt) as session, use(self.model, session):
+            session.start_question()
             output = self.model.generate(
                 question,
                 attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.long, device=self.device),
-                **{self._cache_argument: kv_cache},
+                **{self._cache_argument: prefilled.cache},
                 **options,
             )
         seconds = self._now() - begin - (session.observer_seconds - observed)
         new = tuple(output[0, question.shape[1] :].tolist())
-        ended = bool(new) and new[-1] in options["eos_token_id"]
+        ended = bool(new) and new[-1] in (options["eos_token_id"] or ())
         finished = "eos" if ended else "length" if len(new) >= room else "stop"
         return AnswerDetail(
             text=self.tokenizer.decode(new, skip_special_tokens=True),
@@ -377,56 +423,7 @@ class HuggingFaceAdapter:
             backends=tuple(sorted(session.backends_used)),
         )
 
-    def _generation_options(self, generation_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The caller's options with defaults filled in: greedy, every EOS that model or tokenizer
-        declare.
-        """
-        options = dict(generation_kwargs or {})
-        options.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS)
-        room = options["max_new_tokens"]
-        if isinstance(room, bool) or not isinstance(room, int) or room < 1:
-            raise ParameterError("generation", "max_new_tokens", room, "an integer >= 1")
-        if not options.setdefault("do_sample", False):
-            for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
-                options.setdefault(name, None)
-        eos = options.get("eos_token_id", self.eos_token_ids())
-        options["eos_token_id"] = [eos] if isinstance(eos, int) else list(eos)
-        if options.get("pad_token_id") is None:
-            pad = self.tokenizer.pad_token_id
-            options["pad_token_id"] = options["eos_token_id"][0] if pad is None else pad
-        if options.get("stop_strings"):
-            options.setdefault("tokenizer", self.tokenizer)
-        return options
-
-    def eos_token_ids(self) -> list[int]:
-        """Every end-of-sequence token that generation config, model config or tokenizer declare."""
-        found: list[int] = []
-        sources = (
-            getattr(self.model.generation_config, "eos_token_id", None),
-            getattr(compat.text_config(self.model), "eos_token_id", None),
-            getattr(self.tokenizer, "eos_token_id", None),
-        )
-        for source in sources:
-            for token in source if isinstance(source, list | tuple) else [source]:
-                if token is not None and int(token) not in found:
-                    found.append(int(token))
-        return found
-
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
-
-
-def shared_context(prompts: Sequence[Prompt]) -> int:
-    """Leading context tokens that all prompts have in common."""
-    first = prompts[0].ids
-    length = min(p.context_tokens for p in prompts)
-    # at least one token must be left for the question's forward pass
-    length = min(length, *(len(p.ids) - 1 for p in prompts))
-    for prompt in prompts[1:]:
-        for index in range(length):
-            if prompt.ids[index] != first[index]:
-                length = index
-                break
-    return length
