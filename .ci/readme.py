@@ -1,10 +1,10 @@
 """Run what the documentation shows.
 
-    readme.py command NAME          print the shell command of the README that follows `<!-- NAME -->`
-    readme.py snippets FILE...      execute the Python blocks of each file, in order, in one namespace
+    readme.py command NAME      print the shell command that follows `<!-- NAME -->` in the README
+    readme.py snippets FILE...  execute the Python blocks of each file, in one namespace per file
 
-A Python block whose next block is `text` must print exactly that text. A block after `<!-- skip: reason -->` is left
-out, and the reason is printed.
+A Python block whose next block is `text` must print exactly that text. A block after `<!-- skip:
+reason -->` is left out, and the reason is printed.
 """
 
 import contextlib
@@ -43,11 +43,10 @@ def run_snippets(path: Path) -> int:
             exec(compile(match["body"], f"{path}:{line}", "exec"), namespace)
         count += 1
         follows = blocks[index + 1] if index + 1 < len(blocks) else None
-        if follows is not None and follows["kind"] == "text" and printed.getvalue():
-            if printed.getvalue().strip() != follows["body"].strip():
-                raise SystemExit(
-                    f"{path}:{line} printed\n{printed.getvalue()}\ninstead of\n{follows['body']}"
-                )
+        shown = follows["body"].strip() if follows is not None else ""
+        told = printed.getvalue().strip()
+        if told and follows is not None and follows["kind"] == "text" and told != shown:
+            raise SystemExit(f"{path}:{line} printed\n{told}\ninstead of\n{shown}")
     return count
 
 

@@ -395,7 +395,7 @@ class Mask:
         return scores
 
     def presence(self, heads: int) -> Tensor:
-        """Selected by every query head of the group, bool ``(batch, heads, query_len, key_len)``."""
+        """Selected by all query heads of a group, bool ``(batch, heads, query_len, key_len)``."""
         dense = self.to_dense() > 0
         batch, all_heads, query_len, key_len = dense.shape
         return dense.view(batch, heads, all_heads // heads, query_len, key_len).all(dim=2)

@@ -61,8 +61,8 @@ class Request:
             len(self.answer_prefix) != len(self.question_list)
         ):
             raise RequestError(
-                f"{len(self.answer_prefix)} answer prefixes for {len(self.question_list)} questions; "
-                "give one for all or one for each"
+                f"{len(self.answer_prefix)} answer prefixes for {len(self.question_list)} "
+                "questions; give one for all or one for each"
             )
         if self.truncation is not None and self.truncation not in TRUNCATIONS:
             raise RequestError(

@@ -1,4 +1,4 @@
-"""Captured decoding equals eager decoding token for token; here without a graph, on a GPU with one."""
+"""Captured decoding equals eager decoding token for token (without a graph on the CPU)."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python tests/speed/cpu_attention.py [--keys 32768]
 
-Decode shape (one query, 32 heads on 8 KV heads, head_dim 128, float32); selection and attention together, minimum
-over interleaved rounds in one process after a warm-up.
+Decode shape (one query, 32 heads on 8 KV heads, head_dim 128, float32); selection and attention
+together, minimum over interleaved rounds in one process after a warm-up.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sah_core import Allowed, Inputs, Pipeline, registry
+from sah_core import Allowed, Inputs, Pipeline
 from sah_core.attention import Session
 
 PIPELINES = (

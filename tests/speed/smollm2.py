@@ -2,8 +2,8 @@
 
     python tests/speed/smollm2.py [--rounds N]
 
-Prints seconds per pipeline (prefill, answers, total) and the prefill against plain SDPA, all in one process after
-a warm-up; the minimum of the interleaved rounds.
+Prints seconds per pipeline (prefill, answers, total) and the prefill against plain SDPA, all in one
+process after a warm-up; the minimum of the interleaved rounds.
 """
 
 import argparse

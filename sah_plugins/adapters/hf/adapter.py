@@ -18,8 +18,8 @@ from sah_core.errors import ContextTooLongError, ParameterError, RequestError
 from sah_core.patching import use
 from sah_core.requests import AnswerDetail
 
-from .generation import generation_options
 from .captured import CapturedDecode
+from .generation import generation_options
 from .loading import Loaded, load_model
 from .prefilled import ContextState, Prefilled, shared_context
 from .prompts import Prompt, build_prompts
