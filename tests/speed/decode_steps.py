@@ -65,6 +65,7 @@ def eager(
     session.phase = "decode"
     snapshot, base = session.snapshot(), compat.snapshot_cache(kv_cache)
     begin = 0.0
+    name = compat.cache_argument(type(model).forward)
     with use(model, session):
         for step in range(steps + 3):
             if step == 3:
@@ -72,7 +73,7 @@ def eager(
                 begin = time.perf_counter()
             output = model(
                 input_ids=token,
-                past_key_values=kv_cache,
+                **{name: kv_cache},
                 use_cache=True,
                 logits_to_keep=1,
             )

@@ -64,10 +64,18 @@ def microseconds(function, repeats=5, calls=40):
 
 
 def copy_bandwidth():
-    """Bytes read and written per second of a large copy, in TB/s."""
+    """Bytes read and written per second of a large copy, in TB/s: the best of ten."""
     source = torch.randn(2**30, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / microseconds(lambda: target.copy_(source), calls=10) / 1e6
+    times = []
+    for _ in range(11):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        torch.mul(source, 1.0, out=target)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return 2 * source.nbytes / min(times[1:]) / 1e6
 
 
 def make_inputs(batch, keys):
@@ -171,6 +179,21 @@ def parts_of(steps, inputs):
     return parts
 
 
+@torch.inference_mode()
+def floor(batch, keys, bandwidth, fraction=0.1):
+    """The attention kernel alone over a share of the keys, beside the time that its bytes take."""
+    inputs = make_inputs(batch, keys)
+    quest = Quest(heavy_size=fraction, page_size=16, group_reduction="sum")
+    given = with_state(quest, inputs)
+    mask = quest.add_mask(given, Mask.empty(inputs.shape))
+    time = microseconds(lambda: BACKEND.attend(given, mask))
+    moved = quest.page_budget(given)[0] * 16 * 2 * DIM * 2 * KV_HEADS * batch
+    least = moved / bandwidth / 1e6
+    print(
+        f"  attention alone, {fraction:.0%} shared {time:9.1f}  bytes {least:.1f}, {time / least:.2f}x"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keys", type=int, nargs="+", default=[131072, 32768])
@@ -179,10 +202,12 @@ def main():
     warnings.simplefilter("ignore")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {date.today()}")
     print(f"bf16, {HEADS} heads, {KV_HEADS} KV heads, head_dim {DIM}, one query")
-    print(f"copy bandwidth {copy_bandwidth():.2f} TB/s")
+    bandwidth = copy_bandwidth()
+    print(f"copy bandwidth {bandwidth:.2f} TB/s")
     for keys in options.keys:
         for batch in options.batch:
             table(batch, keys)
+            floor(batch, keys, bandwidth)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ import time
 import torch
 from transformers import DynamicCache
 
-from sah_core import Request, registry
+from sah_core import Request, compat, registry
 
 PIPELINES = (
     "dense",
@@ -37,12 +37,13 @@ def main() -> None:
     )
     generation = {"max_new_tokens": NEW, "min_new_tokens": NEW}
     prompt = torch.tensor([ids])
+    name = compat.cache_argument(type(adapter.model).forward)
 
     def plain() -> float:
         begin = time.perf_counter()
         with torch.no_grad():
             cache = DynamicCache(config=adapter.model.config)
-            adapter.model(prompt, past_key_values=cache, logits_to_keep=1)
+            adapter.model(prompt, **{name: cache}, logits_to_keep=1)
         return time.perf_counter() - begin
 
     best: dict[str, list[float]] = {}
