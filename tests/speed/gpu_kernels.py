@@ -189,9 +189,8 @@ def floor(batch, keys, bandwidth, fraction=0.1):
     time = microseconds(lambda: BACKEND.attend(given, mask))
     moved = quest.page_budget(given)[0] * 16 * 2 * DIM * 2 * KV_HEADS * batch
     least = moved / bandwidth / 1e6
-    print(
-        f"  attention alone, {fraction:.0%} shared {time:9.1f}  bytes {least:.1f}, {time / least:.2f}x"
-    )
+    name = f"attention alone, {fraction:.0%} shared"
+    print(f"  {name:30s} {time:9.1f}  bytes alone {least:.1f}, {time / least:.2f}x")
 
 
 def main():

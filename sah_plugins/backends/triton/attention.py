@@ -327,14 +327,15 @@ def plan_for(keys: int, tiles: int, dims: int, itemsize: int, units: int) -> Pla
         itemsize: Bytes per element.
         units: Multiprocessors.
     """
-    lanes = 64 if dims * itemsize <= 256 else 32
+    lanes = 32 if dims * itemsize <= 512 else 16
     blocks = max(1, -(-keys // lanes))
     wanted = max(1, 2 * units // tiles)
     splits = 1
     while splits * 2 <= min(wanted, blocks, 64):
         splits *= 2
-    stages = 3 if dims * itemsize <= 256 else 2
-    return Plan(lanes, splits, 4, stages)
+    few = blocks <= splits
+    # an index, the key that it names and the next index are under way at once: five stages
+    return Plan(lanes, splits, warps=2 if few else 4, stages=1 if few else 5)
 
 
 class Tickets:
@@ -358,6 +359,11 @@ class Tickets:
 
 
 TICKETS = Tickets()
+
+
+def join_size(splits: int, size: int) -> int:
+    """Partial results joined at once, so that they fit into registers."""
+    return max(1, min(splits, 8192 // size))
 
 
 def steps(tensor: Tensor, *dims: int) -> list[int]:
@@ -455,7 +461,7 @@ def attend(inputs: Inputs, mask: Mask, plan: Plan | None = None) -> tuple[Tensor
         HAS_SINKS=sinks is not None, HAS_CAP=inputs.softcap is not None,
         SPLITS=plan.splits, ROW_BLOCK=max(16, triton.next_power_of_2(rows)),
         ROW_PART=triton.next_power_of_2(rows), DIM_BLOCK=dim_block, VALUE_BLOCK=value_block,
-        JOIN=min(8, plan.splits),
+        JOIN=join_size(plan.splits, triton.next_power_of_2(rows) * value_block),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         LOG2E=LOG2E, LN2=LN2, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip

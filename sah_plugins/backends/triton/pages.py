@@ -99,8 +99,10 @@ def _page_scores(
         most = _rounded(most, dim, HEAD_DIM, 2**BITS - 1)
         q = q.to(tl.float32)
     zero = tl.zeros_like(q)
-    bound = tl.dot(tl.maximum(q, zero), tl.trans(most), input_precision=PRECISION)
-    bound = tl.dot(tl.minimum(q, zero), tl.trans(least), bound, input_precision=PRECISION)
+    bound = tl.dot(tl.maximum(q, zero).to(most.dtype), tl.trans(most), input_precision=PRECISION)
+    bound = tl.dot(
+        tl.minimum(q, zero).to(least.dtype), tl.trans(least), bound, input_precision=PRECISION
+    )
     if REDUCTION == "none":
         line = (b * kv_heads * group + head) * query_len + row
         tl.store(

@@ -1,9 +1,9 @@
 """Exact top-k by radix select: no sort, no host sync, equal scores to the lower index.
 
 Rows that fit into the registers of one program are done in one launch: the k-th largest score is
-found two bits at a time, then the chosen are written in index order. Longer rows are cut into
-chunks: four launches find the k-th largest score eight bits at a time from histograms, one counts
-what each chunk holds, one writes.
+found by cutting the range of scores in three, then the chosen are written in index order. Longer
+rows are cut into chunks: four launches find the k-th largest score eight bits at a time from
+histograms, one counts what each chunk holds, one writes.
 """
 
 from __future__ import annotations
@@ -113,24 +113,24 @@ def _select_short(
         s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, PAGE, TAKEN, HAS_START, HAS_STOP, HAS_ORIGIN,
     )  # fmt: skip
     wanted = _wanted(count, b, head, row, capacity, n_sb, n_sh, n_sr, HAS_COUNT)
-    wanted = tl.minimum(wanted, tl.sum((code > 0).to(tl.int32)))
-    # the largest threshold that at least `wanted` candidates reach, two bits at a time
-    edge = tl.zeros([], tl.uint32)
-    for step in tl.static_range(16):
-        one = edge + (1 << (30 - 2 * step))
-        two = edge + (2 << (30 - 2 * step))
-        three = edge + (3 << (30 - 2 * step))
-        reached = (code >= one).to(tl.int64)
-        reached += tl.where(code >= two, 1 << 20, 0).to(tl.int64)
-        reached += tl.where(code >= three, 1 << 40, 0).to(tl.int64)
-        sums = tl.sum(reached)
-        mask = (1 << 20) - 1
-        edge = tl.where(
-            (sums >> 40) >= wanted,
-            three,
-            tl.where(
-                ((sums >> 20) & mask) >= wanted, two, tl.where((sums & mask) >= wanted, one, edge)
-            ),
+    reached = tl.sum((code > 0).to(tl.int32))
+    wanted = tl.minimum(wanted, reached)
+    # `wanted` candidates or more reach `edge`, fewer reach `far`: cut what lies between in three
+    # until exactly those wanted reach `edge`, or until it is the one score at which they tie
+    far = tl.max(code) + 1
+    edge = tl.where(wanted > 0, tl.min(tl.where(code > 0, code, 0xFFFFFFFF)), far)
+    reached = tl.where(wanted > 0, reached, 0)
+    while (reached > wanted) & (far - edge > 1):
+        third = tl.maximum((far - edge) // 3, 1)
+        one = edge + third
+        two = tl.minimum(one + third, far)
+        both = tl.sum((code >= one).to(tl.int32) + tl.where(code >= two, 1 << 16, 0))
+        reach_one = both & 0xFFFF
+        reach_two = both >> 16
+        far = tl.where(reach_two >= wanted, far, tl.where(reach_one >= wanted, two, one))
+        edge = tl.where(reach_two >= wanted, two, tl.where(reach_one >= wanted, one, edge))
+        reached = tl.where(
+            reach_two >= wanted, reach_two, tl.where(reach_one >= wanted, reach_one, reached)
         )
     over = code > edge
     level = code == edge
@@ -306,7 +306,7 @@ def masked_topk(
     slots = min(1024, max(16, triton.next_power_of_2(capacity)))
     if candidates <= SHORT:
         block = max(16, triton.next_power_of_2(candidates))
-        warps = min(16, max(1, block // 256))
+        warps = min(8, max(1, block // 256))
         _select_short[(lines,)](
             scores, indices, chosen, *optional, *tail, **facts,
             BLOCK=block, SLOTS=slots, num_warps=warps,
