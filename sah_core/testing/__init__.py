@@ -1,1 +1,34 @@
-"""What plugins are tested with: golden cases and conformance checks."""
+"""What plugins are tested with: golden cases and conformance checks.
+
+Names are loaded on first use, so that the golden runner does not import the checks.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .conformance import CHECKS, CheckResult, run_checks
+    from .golden import CaseResult, run_maskers
+
+__all__ = ["CHECKS", "CaseResult", "CheckResult", "run_checks", "run_maskers"]
+
+_MODULES = {
+    "CHECKS": "conformance",
+    "CaseResult": "golden",
+    "CheckResult": "conformance",
+    "run_checks": "conformance",
+    "run_maskers": "golden",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{module}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
