@@ -175,15 +175,19 @@ def attend_block(inputs: Inputs, mask: Mask, by_slices: bool) -> tuple[Tensor, T
         output = torch.zeros(shape, dtype=exact, device=inputs.device)
         return output, torch.full(shape[:3], float("-inf"), device=inputs.device)
     logits = join([p.logits for p in pieces], 3)
-    lse = torch.logsumexp(logits, dim=-1)
-    weights = torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
-    if len(pieces) == 1:
-        return pieces[0].weighted(weights), lse.float()
-    parts = weights.split([p.logits.shape[3] for p in pieces], dim=3)
-    total = pieces[0].weighted(parts[0])
-    for piece, part in zip(pieces[1:], parts[1:], strict=True):
-        total = total + piece.weighted(part)
-    return total, lse.float()
+    # a row without keys has the top -inf; any finite one makes its weights exp(-inf) = 0
+    top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(exact).min)
+    weights = (logits - top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    lse = (total.log() + top).squeeze(-1).float()
+    output = pieces[0].weighted(weights[..., : pieces[0].logits.shape[3]])
+    begin = pieces[0].logits.shape[3]
+    for piece in pieces[1:]:
+        end = begin + piece.logits.shape[3]
+        output += piece.weighted(weights[..., begin:end])
+        begin = end
+    # the best key of a row weighs 1, so that only rows without keys have a total below that
+    return output.div_(total.clamp_(min=1.0)), lse
 
 
 def capped(logits: Tensor, softcap: float | None) -> Tensor:
