@@ -22,6 +22,8 @@ COMMON = {
     "eos_token_id": 2,
     # at the usual 0.02, softcap and sinks hardly change the logits
     "initializer_range": 0.3,
+    # tied, Gemma's scaled embeddings make it repeat its input whatever the attention says
+    "tie_word_embeddings": False,
 }
 FAMILIES = {
     "llama": ("LlamaConfig", {}),

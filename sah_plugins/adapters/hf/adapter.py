@@ -132,10 +132,15 @@ class HuggingFaceAdapter:
             ContextTooLongError: If prompt and answer do not fit into the model.
             RequestError: For options that are not known.
         """
-        generation_options(
-            self.model, self.tokenizer, generation_kwargs
-        )  # before the expensive part
-        prefilled = self.prefill(request, request_kwargs, self.pipeline, observers=observers)
+        # what is wrong with the options should be said before the expensive part
+        options = generation_options(self.model, self.tokenizer, generation_kwargs)
+        prefilled = self.prefill(
+            request,
+            request_kwargs,
+            self.pipeline,
+            new_tokens=options["max_new_tokens"],
+            observers=observers,
+        )
         return self.answer(prefilled, self.pipeline, generation_kwargs, observers=observers)
 
     @torch.no_grad()
@@ -145,6 +150,7 @@ class HuggingFaceAdapter:
         request_kwargs: Mapping[str, Any] | None = None,
         pipeline: Pipeline | str | None = None,
         *,
+        new_tokens: int = 0,
         observers: Sequence[object] = (),
     ) -> Prefilled:
         """Run the context once.
@@ -153,6 +159,8 @@ class HuggingFaceAdapter:
             request: Context and questions.
             request_kwargs: As for `process_request`.
             pipeline: Only needed where its prefill is sparse; dense otherwise.
+            new_tokens: Tokens that are going to be generated, as far as known: whether they fit is
+                checked, and room is taken for them.
             observers: Objects with observer hooks; only a sparse prefill has something to observe.
         """
         options = dict(request_kwargs or {})
@@ -169,10 +177,9 @@ class HuggingFaceAdapter:
             raise ParameterError("request", "prefill_chunk_size", chunk, "an integer >= 1")
         prompts = build_prompts(request, self.tokenizer, **options)
         longest = max(len(p.ids) for p in prompts)
-        if self.max_context is not None and longest > self.max_context:
-            raise ContextTooLongError(longest, self.max_context, "the model's context")
+        self._check_length(longest, new_tokens)
         shared = shared_context(prompts)
-        kv_cache = compat.make_cache(self.model, longest + ROOM)
+        kv_cache = compat.make_cache(self.model, longest + max(ROOM, new_tokens))
         session = None
         if pipeline is not None:
             parsed = Pipeline.parse(pipeline)
@@ -230,6 +237,13 @@ class HuggingFaceAdapter:
         return response
 
     # Parts
+
+    def _check_length(self, prompt_tokens: int, new_tokens: int) -> None:
+        """Refuse what does not fit into the model."""
+        limit, tokens = self.max_context, prompt_tokens + new_tokens
+        if limit is not None and tokens > limit:
+            what = "the model's context" + (", new tokens included" if new_tokens else "")
+            raise ContextTooLongError(tokens, limit, what)
 
     def _watched(self, session: Session, observers: Sequence[object]) -> Session:
         """A session with observers on the states of another one."""
@@ -391,11 +405,7 @@ class HuggingFaceAdapter:
         self, prefilled: Prefilled, state: ContextState, index: int, options: dict[str, Any]
     ) -> AnswerDetail:
         prompt = prefilled.prompts[index]
-        limit, room = self.max_context, options["max_new_tokens"]
-        if limit is not None and len(prompt.ids) + room > limit:
-            raise ContextTooLongError(
-                len(prompt.ids) + room, limit, "the model's context, new tokens included"
-            )
+        self._check_length(len(prompt.ids), options["max_new_tokens"])
         begin = self._now()
         observed = state.session.observer_seconds
         question = torch.tensor([prompt.ids[prompt.context_tokens :]], device=self.device)
@@ -410,7 +420,7 @@ class HuggingFaceAdapter:
         seconds = self._now() - begin - (session.observer_seconds - observed)
         new = tuple(output[0, question.shape[1] :].tolist())
         ended = bool(new) and new[-1] in (options["eos_token_id"] or ())
-        finished = "eos" if ended else "length" if len(new) >= room else "stop"
+        finished = "eos" if ended else "length" if len(new) >= options["max_new_tokens"] else "stop"
         return AnswerDetail(
             text=self.tokenizer.decode(new, skip_special_tokens=True),
             token_ids=new,

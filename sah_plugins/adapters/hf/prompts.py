@@ -8,8 +8,8 @@ from typing import Any
 
 import attrs
 
-from sah_core.errors import ContextTooLongError, RequestError
-from sah_core.requests import Request, Truncation
+from sah_core.errors import ContextTooLongError, ParameterError, RequestError
+from sah_core.requests import TRUNCATIONS, Request, Truncation
 
 
 @attrs.frozen
@@ -48,6 +48,18 @@ def build_prompts(
             cut.
         RequestError: If the chat template does not exist, or does not contain the context as it is.
     """
+    if max_context_length is not None and (
+        isinstance(max_context_length, bool)
+        or not isinstance(max_context_length, int)
+        or max_context_length < 1
+    ):
+        raise ParameterError(
+            "request", "max_context_length", max_context_length, "an integer >= 1, or none"
+        )
+    if truncation is not None and truncation not in TRUNCATIONS:
+        raise RequestError(
+            f"truncation {truncation!r} is not known; use one of {', '.join(TRUNCATIONS)}"
+        )
     chat = request.chat if chat is None else chat
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if chat and not has_template:
@@ -102,7 +114,10 @@ def build_prompt(
         if stop > end:
             break
         inside += 1
-    return Prompt(tuple(ids), inside if context else 0)
+    if not ids:
+        raise RequestError("the tokenizer makes no token of this prompt")
+    # the question's forward pass needs a token
+    return Prompt(tuple(ids), min(inside, len(ids) - 1) if context else 0)
 
 
 def find_body(text: str, body: str) -> tuple[int, int]:
