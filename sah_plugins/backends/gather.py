@@ -170,6 +170,7 @@ def attend_block(inputs: Inputs, mask: Mask, by_slices: bool) -> tuple[Tensor, T
         nothing = inputs.value.new_zeros((inputs.batch, inputs.kv_heads, 1, 1, 1))
         nothing = nothing.expand(-1, -1, -1, -1, inputs.value.shape[3]).to(exact)
         pieces.append(Piece(sinks, nothing))
+    pieces = [piece for piece in pieces if piece.logits.shape[3]]
     if not pieces:
         shape = (*inputs.shape[:3], inputs.value.shape[3])
         output = torch.zeros(shape, dtype=exact, device=inputs.device)
