@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 BLOCK = re.compile(
-    r"(?P<before>(?:^<!--.*-->\n+)?)^```(?P<kind>\w+)\n(?P<body>.*?)^```$", re.M | re.S
+    r"(?P<before>(?:^<!--[^\n]*-->\n+)?)^```(?P<kind>\w+)\n(?P<body>.*?)^```$", re.M | re.S
 )
 
 
