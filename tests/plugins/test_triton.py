@@ -19,12 +19,22 @@ pytestmark = [
 ]
 
 
+PACKAGE = "sah_plugins.backends.triton"
+KERNELS = ("attention", "topk", "pages", "ops")
+
+
 def is_of_triton(name):
     """Python modules of triton and our kernels; the extension module can be loaded only once."""
-    ours = [f"sah_plugins.backends.triton.{part}" for part in ("attention", "topk", "pages", "ops")]
-    return name in ours or (
+    return name in [f"{PACKAGE}.{part}" for part in KERNELS] or (
         name.split(".")[0] == "triton" and not name.startswith("triton._C") and name != "triton._C"
     )
+
+
+def forget():
+    """Take the modules out, also as attributes of their package, where `from . import` looks."""
+    for part in KERNELS:
+        vars(sys.modules[PACKAGE]).pop(part, None)
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if is_of_triton(name)}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -32,15 +42,17 @@ def interpreter():
     """Kernels interpreted in this module alone: that is decided when they are defined."""
     if torch.cuda.is_available():
         pytest.skip("kernels run for real here, in tests/gpu")
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if is_of_triton(name)}
+    before = forget()
     patch = pytest.MonkeyPatch()
     patch.setenv("TRITON_INTERPRET", "1")
     yield
     patch.undo()
-    for name in list(sys.modules):
-        if is_of_triton(name):
-            del sys.modules[name]
-    sys.modules.update(before)
+    forget()
+    for name, module in before.items():
+        sys.modules[name] = module
+        parent, _, part = name.rpartition(".")
+        if parent == PACKAGE:
+            setattr(sys.modules[parent], part, module)
 
 
 @pytest.fixture
