@@ -17,6 +17,7 @@ COMMANDS = {
     "run": ("run", "Run models x pipelines x benchmarks and compare them."),
     "plugins": ("plugins", "List the plugins that are installed, or describe one."),
     "verify": ("verify", "Check plugins against expected results."),
+    "profile": ("profile", "Measure time, bytes and memory of pipelines beside dense attention."),
     "env": ("env", "Show versions, devices and where models come from."),
 }
 """Name of a subcommand: its module under `sah_bench.commands`, and the line that ``--help`` shows.

@@ -93,6 +93,18 @@ class Masker:
         declared.
         """
 
+    def bytes_read(self, inputs: Inputs) -> int:
+        """Bytes that choosing must read from memory in this call, attention itself not counted.
+
+        A fact about the method, not about an implementation of it: the keys for one that scores
+        every key, the labels for one that keeps labels, 0 (the default) for one that chooses by
+        position. ``sah-bench profile`` takes it as the floor of the selection's time.
+
+        Args:
+            inputs: The attention call, with this step's state.
+        """
+        return 0
+
     def after_attention(self, state: Any, inputs: Inputs, mask: Mask, lse: Tensor | None) -> None:
         """Feedback after the attention was computed (accumulated scores of the eviction family)."""
 

@@ -64,6 +64,10 @@ class OracleTopK(Masker):
         indices = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
         return previous.union(Mask.from_indices(inputs.shape, indices), disjoint=True)
 
+    def bytes_read(self, inputs: Inputs) -> int:
+        """Every key."""
+        return inputs.key.numel() * inputs.key.element_size()
+
 
 @hookimpl
 def sah_masker() -> type[Masker]:

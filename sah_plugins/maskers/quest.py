@@ -188,6 +188,12 @@ class Quest(Masker):
             origin=allowed.first,
         )
 
+    def bytes_read(self, inputs: Inputs) -> int:
+        """The bounds of every page."""
+        pages = -(-inputs.capacity // self.page_size)
+        per_page = 2 * inputs.key.shape[3] * inputs.key.element_size()
+        return inputs.batch * inputs.kv_heads * pages * per_page
+
 
 def pages_with_a_key(keep: Tensor, first: Tensor, page_size: int, pages: int) -> Tensor:
     """Whether a page has a key to attend, bool ``(batch, heads | 1, query_len, pages)``."""

@@ -1,0 +1,1 @@
+"""What ``sah-bench profile`` measures: attention calls and whole decode steps."""
