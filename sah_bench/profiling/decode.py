@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import attrs
@@ -21,9 +21,15 @@ from .attention import release
 from .forms import Probe
 from .rows import CAPTURED, EAGER, DecodeRow, note
 from .shapes import DTYPES
-from .timing import Copy, Times
+from .timing import Copy, Times, graph_of, graph_timer
 from .traffic import Traffic
 
+DENSE = "dense: the model's own attention"
+BY_ROWS = "dense: group as rows"
+FIXED = "fixed length"
+NO_CUDA = "CUDA graphs need a CUDA device"
+ROOM = 320
+"""Tokens of cache beyond the steps: a cache that had to grow would be copied as a whole."""
 MODEL_SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "vocab_size": 128256,
@@ -135,6 +141,7 @@ class MadeUpContext:
     seconds: float = 0.0
     session: Session | None = None
     states: dict[str, Any] = attrs.field(factory=dict)
+    batch: int = 1
 
     @property
     def context_tokens(self) -> int:
@@ -174,7 +181,7 @@ def random_model(plan: DecodePlan) -> Any:
     assert plan.shape is not None
     facts = dict(MODEL_SHAPES[plan.shape])
     facts["num_hidden_layers"] = plan.layers or facts["num_hidden_layers"]
-    config = LlamaConfig(**facts, max_position_embeddings=plan.context + plan.new_tokens + 2)
+    config = LlamaConfig(**facts, max_position_embeddings=plan.context + plan.new_tokens + ROOM)
     torch.manual_seed(0)
     with plan.device:
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[plan.dtype]).eval()
@@ -184,7 +191,7 @@ def make_context(adapter: Any, plan: DecodePlan) -> MadeUpContext:
     """Fill a cache with random numbers."""
     model = adapter.model
     config = compat.text_config(model)
-    kv_cache = compat.make_cache(model, plan.context + plan.new_tokens + 2)
+    kv_cache = compat.make_cache(model, plan.context + plan.new_tokens + ROOM)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for index, kind in enumerate(compat.layer_types(model)):
@@ -196,7 +203,8 @@ def make_context(adapter: Any, plan: DecodePlan) -> MadeUpContext:
     base = compat.snapshot_cache(kv_cache)
     ids = tuple(torch.randint(config.vocab_size, (plan.context + 1,)).tolist())
     request = Request(context="", questions="?")
-    return MadeUpContext(request, [Piece(ids, plan.context)], plan.context, kv_cache, base)
+    prompts = [Piece(ids, plan.context)]
+    return MadeUpContext(request, prompts, plan.context, kv_cache, base, batch=plan.batch)
 
 
 def weights_read(model: Any) -> int:
@@ -246,6 +254,27 @@ class Steps:
                 ),
             )
 
+    def fixed_graph(self) -> Callable[[], float]:
+        """A timer of a graph of one step whose length stays that of the context.
+
+        Dense attention over a length that the device alone knows needs a mask, which torch's
+        fastest kernels refuse; this is what the fastest of them take.
+
+        Raises:
+            UnsupportedError: If the step waits for the device.
+        """
+        token = torch.zeros((self.plan.batch, 1), dtype=torch.long, device=self.plan.device)
+
+        def step() -> Any:
+            compat.restore_cache(self.context.cache, self.context.base)
+            return self._step(token)
+
+        with self._patched(self.session):
+            return graph_timer(graph_of(step, 1), 1)
+
+    def _patched(self, session: Session | None) -> AbstractContextManager[Any]:
+        return nullcontext() if session is None else use(self.model, session, always=True)
+
     def run(self, count: int, session: Session | None = None) -> float:
         """Decode so many tokens from the end of the context; returns seconds per step."""
         compat.restore_cache(self.context.cache, self.context.base)
@@ -255,8 +284,7 @@ class Steps:
             assert session is not None
             session.phase = "decode"
         token = torch.zeros((self.plan.batch, 1), dtype=torch.long, device=self.plan.device)
-        patched = nullcontext() if session is None else use(self.model, session)
-        with patched:
+        with self._patched(session):
             begin = now(self.plan.device)
             for _ in range(count):
                 token = self._step(token)
@@ -297,8 +325,8 @@ def measure_decode(
     begin("filling the cache")
     context = make_context(adapter, plan)
     weights = weights_read(adapter.model)
-    rows = [DecodeRow(name="dense", pipeline="dense", batch=plan.batch, requested="torch")]
-    pipelines = [Pipeline.dense()]
+    rows = [DecodeRow(name=n, pipeline="dense", batch=plan.batch) for n in (DENSE, BY_ROWS)]
+    pipelines = [Pipeline.dense(), Pipeline.dense()]
     for text, pipeline in plan.pipelines:
         named = plan.backends if pipeline.backend == "auto" else (pipeline.backend,)
         for backend in () if pipeline.is_dense else named:
@@ -323,28 +351,56 @@ def measure_decode(
             release(plan.device)
             begin(f"{row.name} on {row.requested}, captured")
             time_captured(row, pipeline, adapter, plan, context)
+    begin("dense, graphs of a fixed length")
+    for row in list(rows[:2]):
+        release(plan.device)
+        rows.insert(2, time_fixed(row, adapter, plan, context))
     for kind in (EAGER, CAPTURED):
-        dense = rows[0].times.get(kind)
-        for row in rows if dense is not None else ():
-            row.dense[kind] = dense.median  # type: ignore[union-attr]
+        known = [row.seconds(kind) for row in rows if row.pipeline == "dense"]
+        found = [seconds for seconds in known if seconds is not None]
+        for row in rows if found else ():
+            row.dense[kind] = min(found)
     return rows
+
+
+def time_fixed(row: DecodeRow, adapter: Any, plan: DecodePlan, context: MadeUpContext) -> DecodeRow:
+    """A dense row again, as a graph of one step whose length does not grow."""
+    fixed = attrs.evolve(row, name=f"{row.name}, {FIXED}", times={}, no_graph="", dense={})
+    if plan.device.type != "cuda":
+        fixed.no_graph = NO_CUDA
+        return fixed
+    try:
+        timer = Steps(adapter, plan, context, session_of(row, Pipeline.dense(), adapter))
+        replay = timer.fixed_graph()
+        fixed.times[CAPTURED] = Times(tuple(replay() for _ in range(plan.rounds)))
+    except Exception as error:  # whatever a capture raises, the other numbers stand
+        fixed.no_graph = f"{type(error).__name__}: {error}"
+    finally:
+        compat.restore_cache(context.cache, context.base)
+    return fixed
+
+
+def session_of(row: DecodeRow, pipeline: Pipeline, adapter: Any) -> Session | None:
+    """What runs the attention of a row; None is the model's own."""
+    if row.name == DENSE:
+        return None
+    return Session(pipeline, compat.layer_types(adapter.model))
 
 
 def eager_steps(
     row: DecodeRow, pipeline: Pipeline, adapter: Any, plan: DecodePlan, context: MadeUpContext
 ) -> Steps:
     """Prepare the eager loop of a pipeline and fill in what needs no clock."""
-    if pipeline.is_dense:
-        steps = Steps(adapter, plan, context, None)
+    session = session_of(row, pipeline, adapter)
+    steps = Steps(adapter, plan, context, session)
+    if session is None or pipeline.is_dense:
+        row.backend = "torch" if session is None else "sdpa"
         cached = [(k, v) for _, k, v in compat.cached_tensors(context.cache)]
         total = sum(t.numel() * t.element_size() for pair in cached for t in pair)
         row.traffic, row.density = Traffic(0, total, total), 1.0
     else:
-        types = compat.layer_types(adapter.model)
-        session = Session(pipeline, types)
-        steps = Steps(adapter, plan, context, session)
         probe = Probe(session)
-        watched = Session(pipeline, types, observers=[probe])
+        watched = Session(pipeline, session.layer_types, observers=[probe])
         watched.layers, watched.request_state = session.layers, session.request_state
         steps.run(1, watched)
         row.traffic, row.density, row.saving = probe.traffic, probe.density, probe.saving
@@ -389,7 +445,10 @@ def time_captured(
     """Time steps that the adapter replays from a CUDA graph; the row says why if there are none."""
     capture = getattr(adapter, "capture_decode", None)
     if plan.device.type != "cuda":
-        row.no_graph = "CUDA graphs need a CUDA device"
+        row.no_graph = NO_CUDA
+        return
+    if row.name == BY_ROWS:
+        row.no_graph = f"see '{row.name}, {FIXED}'"
         return
     if capture is None:
         row.no_graph = "the adapter captures no decode steps"
@@ -397,7 +456,8 @@ def time_captured(
     compat.restore_cache(context.cache, context.base)
     context.states.clear()
     taken = inspect.signature(capture).parameters
-    room = {"max_new_tokens": plan.new_tokens + 2} if "max_new_tokens" in taken else {}
+    names = [name for name in ("room", "max_new_tokens") if name in taken]
+    room = dict.fromkeys(names, plan.new_tokens + 2)
     try:
         decoder = capture(context, pipeline, **room)
         decoder.step()

@@ -21,7 +21,7 @@ from .traffic import Traffic, traffic_of
 Function = Callable[[], object]
 
 SCORE_BYTES = 2**30
-"""Dense forms that hold every score are left out where these take more."""
+"""Dense forms that hold every score, or copies of the cache, are left out where these take more."""
 
 KERNELS = {
     "auto": None,
@@ -54,10 +54,13 @@ def dense_forms(call: Call, shape: Shape) -> Iterator[DenseForm]:
     """Every dense form, those included that will refuse the call."""
     scores = 4 * shape.batch * shape.heads * shape.query_len * shape.keys
     for name, kernel in KERNELS.items():
-        if kernel is SDPBackend.MATH and scores > SCORE_BYTES:
-            continue
-        yield DenseForm(f"dense: sdpa {name}, gqa", sdpa(call, kernel, by_rows=False))
-        yield DenseForm(f"dense: sdpa {name}, group as rows", sdpa(call, kernel, by_rows=True))
+        for by_rows in (False, True):
+            # the kernel `math` repeats the cache for the heads of a group
+            copies = 1 if by_rows else shape.heads // shape.kv_heads
+            held = max(scores, copies * shape.kv_bytes)
+            if kernel is not SDPBackend.MATH or held <= SCORE_BYTES:
+                form = "group as rows" if by_rows else "gqa"
+                yield DenseForm(f"dense: sdpa {name}, {form}", sdpa(call, kernel, by_rows=by_rows))
     if scores <= SCORE_BYTES:
 
         def matmul() -> Tensor:

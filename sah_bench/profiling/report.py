@@ -291,9 +291,10 @@ def print_decode(rows: Sequence[DecodeRow], title: str, console: Console) -> Non
     print_reasons(rows, console)
     console.print()
     console.print(
-        "tok/s: tokens of all sequences per second, median of rounds; x: against dense of the same "
-        "column; GB: weights, selection and attended keys and values that a step must read; floor: "
-        "what the copy bandwidth allows.",
+        "tok/s: tokens of all sequences per second, median of rounds; x: against the fastest dense "
+        "form of the same kind; fixed length: a graph of one step whose length does not grow; GB: "
+        "weights, selection and attended keys and values that a step must read; floor: what the "
+        "copy bandwidth allows.",
         style="dim",
     )
 

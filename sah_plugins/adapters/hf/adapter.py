@@ -278,12 +278,14 @@ class HuggingFaceAdapter:
         """
         parsed = self.pipeline if pipeline is None else Pipeline.parse(pipeline)
         state, prompt = self._state(prefilled, parsed), prefilled.prompts[index]
-        question = torch.tensor([prompt.ids[prompt.context_tokens :]], device=self.device)
+        batch = prefilled.batch
+        asked = [prompt.ids[prompt.context_tokens :]] * batch
+        seen = torch.ones(batch, len(prompt.ids), dtype=torch.long, device=self.device)
         with self._resumed(prefilled, state, prompt) as session, use(self.model, session):
             session.start_question()
             output = self.model(
-                input_ids=question,
-                attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.long, device=self.device),
+                input_ids=torch.tensor(asked, device=self.device),
+                attention_mask=seen,
                 logits_to_keep=1,
                 use_cache=True,
                 **{self._cache_argument: prefilled.cache},

@@ -42,6 +42,7 @@ class Prefilled:
         session: The session that ran it if the prefill was sparse, else None; only that pipeline
             can then answer.
         states: States built on this context, per pipeline.
+        batch: Sequences in the cache; more than one where a caller filled it with copies.
     """
 
     request: Request
@@ -52,6 +53,7 @@ class Prefilled:
     seconds: float
     session: Session | None = None
     states: dict[str, ContextState] = attrs.field(factory=dict)
+    batch: int = 1
 
     @property
     def context_tokens(self) -> int:
