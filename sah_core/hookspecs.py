@@ -377,8 +377,9 @@ class ObserverSpec:
     def sah_mask_built(self, inputs: Inputs, mask: Mask) -> None:
         """A pipeline has selected the keys of one layer for the current queries.
 
-        Called once per forward pass and layer in which the pipeline is sparse, before attention;
-        not for layers and phases that run dense. Graph capture refuses observers.
+        Called once per forward pass and layer in the phases in which the pipeline is sparse, before
+        attention; layers that stay dense, and question and decoding of `dense`, come with a full
+        mask. Graph capture refuses observers.
 
         Must not change tensors, nor keep `inputs` beyond the call: its key and value are the cache.
 
@@ -404,8 +405,8 @@ class ObserverSpec:
     ) -> None:
         """The attention of one layer in which the pipeline is sparse has been computed.
 
-        Called once per forward pass and layer in which the pipeline is sparse, after attention.
-        Graph capture refuses observers.
+        Called once per forward pass and layer in the phases in which the pipeline is sparse, after
+        attention. Graph capture refuses observers.
 
         Must not change tensors, nor keep them beyond the call without copying.
 

@@ -639,3 +639,27 @@ def test_errors_are_one_line(models, built):
     with pytest.raises(SahError) as caught, attach(built("llama"), "local(2) @ layers=[9]"):
         pass
     assert "\n" not in str(caught.value)
+
+
+def test_a_block_can_be_used_for_one_text_after_another(models, built):
+    # what a stateful masker knows of the first text must not reach the second
+    model, pipeline = built("llama"), "sink(1) | quest(8, page_size=4) @ prefill=sparse"
+    texts = models.tokens(1, CONTEXT), models.tokens(1, CONTEXT + 9, seed=5)
+    alone = []
+    for ids in texts:
+        with attach(model, pipeline):
+            alone.append(generate(model, ids))
+    with attach(model, pipeline):
+        together = [generate(model, ids) for ids in (*texts, texts[0])]
+    for one, other in zip((*alone, alone[0]), together, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_cache_cropped_behind_the_back_of_a_stateful_masker_is_noticed(models, built):
+    model, kv_cache = built("llama"), compat.make_cache(built("llama"), 64)
+    with attach(model, "sink(1) | quest(8, page_size=4)"):
+        forward(model, models.tokens(1, CONTEXT), kv_cache)
+        forward(model, models.tokens(1, 6), kv_cache)
+        kv_cache.crop(-4)
+        with pytest.raises(UnsupportedError, match="dropped keys"):
+            forward(model, models.tokens(1, 2), kv_cache)

