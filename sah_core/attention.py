@@ -188,6 +188,9 @@ class Session:
         self._backends: dict[str, Backend | None] = {}
         self._prefix: tuple[Allowed, tuple[int, int, int, int], Mask] | None = None
         self._stateful = tuple(i for i, s in enumerate(pipeline.steps) if s.is_stateful())
+        self._reads_values = any(
+            pipeline.steps[i].capabilities.reads_values for i in self._stateful
+        )
         self._feedback = tuple(
             i
             for i, s in enumerate(pipeline.steps)
@@ -393,9 +396,13 @@ class Session:
                 what=f"captured decoding of layer {inputs.layer}",
                 reason="its states must be built from the context first",
             )
-        position = inputs.length - inputs.query_len
+        position = inputs.allowed.memo.get("new key")
+        if position is None:
+            position = inputs.allowed.memo["new key"] = inputs.length - inputs.query_len
         key = inputs.key.index_select(2, position)
-        value = inputs.value.index_select(2, position)
+        value = inputs.value[:, :, :0]
+        if self._reads_values:
+            value = inputs.value.index_select(2, position)
         for index, state in kept.states.items():
             if state is not None:
                 self.pipeline.steps[index].append(state, key, value, position)

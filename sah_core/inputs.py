@@ -20,7 +20,7 @@ PHASES: tuple[Phase, ...] = ("prefill", "question", "decode")
 
 @attrs.frozen
 class Budget:
-    """How many keys a size means here.
+    """How many keys (or pages) a size means here.
 
     Attributes:
         capacity: Host bound, at most the keys of the buffer.
@@ -140,29 +140,50 @@ class Inputs:
         """Key index of every query row, int32 ``(1, query_len)``."""
         if self.given_position is not None:
             return self.given_position
+        if self.query_len == 1 and self.key_len is None:
+            return (self.length - 1).view(1, 1)
         row = torch.arange(self.query_len, dtype=torch.int32, device=self.device)
         if self.key_len is not None:
             return (row + (self.key_len - self.query_len)).view(1, -1)
         return (row + (self.length - self.query_len)).view(1, -1)
 
-    def budget(self, size: Size) -> Budget:
+    def budget(self, size: Size, *, unit: int = 1, minimum: int = 0) -> Budget:
         """How many keys ``size`` means: tokens as given, fractions of the real keys rounded down.
 
         Real keys are the valid keys minus the left padding, so that a padded batch selects what
         each sequence alone selects. Under graph capture a fraction gives a capacity from the buffer
-        and a count on the device.
+        and a count on the device, computed once for all layers.
+
+        Args:
+            size: Tokens or a fraction.
+            unit: Keys per unit of the result: the budget in pages of ``unit`` keys, rounded down.
+            minimum: Least units, as far as the buffer holds them.
         """
+        there = -(-self.capacity // unit)
+
+        def units(keys: int) -> int:
+            return min(there, max(minimum, keys // unit))
+
         if size.tokens is not None:
-            return Budget(min(size.tokens, self.capacity))
+            return Budget(units(size.tokens))
         assert size.fraction is not None
         if self.key_len is None:
-            known = self.allowed.memo.get(size)
+            wanted = (size, unit, minimum)
+            known = self.allowed.memo.get(wanted)
             if known is None:
-                real = (self.length - self.allowed.first).double()
-                count = (real * size.fraction).floor().to(torch.int32).view(-1, 1, 1)
-                known = self.allowed.memo[size] = Budget(size.resolve(self.capacity), count)
+                capacity = units(size.resolve(self.capacity))
+                count = self.ops.share(
+                    self.length,
+                    self.allowed.first,
+                    size.fraction,
+                    divisor=unit,
+                    minimum=minimum,
+                    maximum=capacity,
+                )
+                known = self.allowed.memo[wanted] = Budget(capacity, count)
             return known
-        counts = [size.resolve(max(0, self.key_len - first)) for first in self.allowed.first_host]
+        real = (self.key_len - first for first in self.allowed.first_host)
+        counts = [units(size.resolve(max(0, keys))) for keys in real]
         if len(set(counts)) == 1:
             return Budget(counts[0])
         count = torch.tensor(counts, dtype=torch.int32, device=self.device).view(-1, 1, 1)

@@ -147,6 +147,35 @@ class Ops:
             hidden = hidden | part.contains(position)
         return scores.masked_fill(hidden, fill)
 
+    def share(
+        self,
+        length: Tensor,
+        first: Tensor,
+        fraction: float,
+        *,
+        divisor: int = 1,
+        minimum: int = 0,
+        maximum: int | None = None,
+    ) -> Tensor:
+        """A fraction of the real keys, on the device: what a fractional size means there.
+
+        Args:
+            length: Valid keys, int32 ``(1,)``.
+            first: First real key per sequence, int32 ``(batch | 1,)``.
+            fraction: In (0, 1].
+            divisor: Keys per unit counted (a page, say).
+            minimum: Least result.
+            maximum: Greatest result; None = no limit. It wins over ``minimum``.
+
+        Returns:
+            ``floor(fraction * (length - first)) // divisor`` within its limits, int32
+            ``(batch | 1, 1, 1)``; products in float64, as the host computes them.
+        """
+        count = ((length - first).double() * fraction).floor().to(torch.int32)
+        if divisor > 1:
+            count = count.div(divisor, rounding_mode="floor")
+        return count.clamp(min=minimum).clamp(max=maximum).view(-1, 1, 1)
+
     def page_bounds(
         self, key: Tensor, page_size: int, first: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,11 @@ class Local(Masker):
     def add_mask(self, inputs: Inputs, previous: Mask) -> Mask:
         """Add the window of every query row to ``previous``."""
         budget = inputs.budget(self.window_size)
+        if inputs.query_len == 1 and inputs.key_len is None and budget.count is None:
+            # the one query is the last key, whose end lies on the device already
+            end = inputs.length.view(1, 1, 1)
+            last = KeyRange(end, end, budget.capacity, start_offset=-budget.capacity)
+            return previous | Mask.from_ranges(inputs.shape, [last])
         position = inputs.query_position.unsqueeze(1)
         if budget.count is None:
             window = KeyRange(

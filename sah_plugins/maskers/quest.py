@@ -89,7 +89,7 @@ class Quest(Masker):
     """Select the pages with the highest upper bounds of ``q . k``."""
 
     name: ClassVar[str] = "quest"
-    capabilities: ClassVar[Capabilities] = Capabilities(page_granular=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(page_granular=True, reads_values=False)
 
     heavy_size: Size = param(
         0.05,
@@ -153,13 +153,8 @@ class Quest(Masker):
 
     def page_budget(self, inputs: Inputs) -> tuple[int, Tensor | None]:
         """Pages per row: a host bound, and the number per sequence where it differs from that."""
-        budget = inputs.budget(self.heavy_size)
-        there = -(-inputs.capacity // self.page_size)
-        capacity = min(there, max(MIN_PAGES, budget.capacity // self.page_size))
-        if budget.count is None:
-            return capacity, None
-        count = budget.count.div(self.page_size, rounding_mode="floor").clamp(min=MIN_PAGES)
-        return capacity, count.clamp(max=capacity)
+        budget = inputs.budget(self.heavy_size, unit=self.page_size, minimum=MIN_PAGES)
+        return budget.capacity, budget.count
 
     def choose(
         self, inputs: Inputs, pages: int, count: Tensor | None, heads: int

@@ -319,3 +319,21 @@ def test_page_bounds_grow_with_the_keys_like_the_reference(ops, first, on_device
 def test_ops_that_a_kernel_cannot_take_go_to_the_reference(ops):
     scores = torch.randn(1, 1, 1, 30, dtype=torch.float64)
     same_choice(ops.masked_topk(scores, 4), REFERENCE.masked_topk(scores, 4))
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.29, 1.0])
+def test_a_share_of_the_keys_is_what_the_host_computes(ops, fraction):
+    first = torch.tensor([0, 3, 17], dtype=torch.int32)
+    for length in (20, 100, 131072):
+        keys = [int(fraction * (length - f)) for f in first.tolist()]
+        shares = ops.share(torch.tensor([length], dtype=torch.int32), first, fraction)
+        assert shares.flatten().tolist() == keys
+        pages = ops.share(
+            torch.tensor([length], dtype=torch.int32),
+            first,
+            fraction,
+            divisor=16,
+            minimum=3,
+            maximum=99,
+        )
+        assert pages.flatten().tolist() == [min(99, max(3, k // 16)) for k in keys]

@@ -62,6 +62,23 @@ class TritonOps(Ops):
             origin=origin,
         )
 
+    def share(
+        self,
+        length: Tensor,
+        first: Tensor,
+        fraction: float,
+        *,
+        divisor: int = 1,
+        minimum: int = 0,
+        maximum: int | None = None,
+    ) -> Tensor:
+        """One launch in place of seven."""
+        if not length.is_cuda and not is_interpreted():
+            return super().share(
+                length, first, fraction, divisor=divisor, minimum=minimum, maximum=maximum
+            )
+        return pages.share(length, first, fraction, divisor, minimum, maximum)
+
     def page_bounds_update(
         self,
         low: Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,31 @@ def _queries(
     spot = head[:, None] * q_sh + row[:, None] * q_sr + dim[None, :] * q_sd
     mask = present[:, None] & (dim < HEAD_DIM)[None, :]
     return tl.load(query + b * q_sb + spot, mask=mask, other=0.0), head, row, present
+
+
+@triton.jit
+def _share(length, first, counts, bits, divisor, minimum, maximum, sequences, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    inside = at < sequences
+    real = tl.load(length) - tl.load(first + at, mask=inside, other=0)
+    # arguments of kernels have 32 bits of fraction at most: the 64 come as an integer
+    fraction = bits.to(tl.int64).to(tl.float64, bitcast=True)
+    count = tl.floor(real.to(tl.float64) * fraction).to(tl.int32) // divisor
+    count = tl.minimum(tl.maximum(count, minimum), maximum)
+    tl.store(counts + at, count, mask=inside)
+
+
+def share(
+    length: Tensor, first: Tensor, fraction: float, divisor: int, minimum: int, maximum: int | None
+) -> Tensor:
+    """A fraction of the real keys; see `sah_core.ops.Ops.share`."""
+    sequences = first.shape[0]
+    counts = torch.empty((sequences, 1, 1), dtype=torch.int32, device=length.device)
+    (bits,) = struct.unpack("<q", struct.pack("<d", fraction))
+    limit = 2**31 - 1 if maximum is None else maximum
+    block = triton.next_power_of_2(sequences)
+    _share[(1,)](length, first, counts, bits, divisor, minimum, limit, sequences, BLOCK=block)
+    return counts
 
 
 @triton.jit
