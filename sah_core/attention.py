@@ -189,7 +189,7 @@ class Session:
         self._prefix: tuple[Allowed, tuple[int, int, int, int], Mask] | None = None
         self._stateful = tuple(i for i, s in enumerate(pipeline.steps) if s.is_stateful())
         self._reads_values = any(
-            pipeline.steps[i].capabilities.reads_values for i in self._stateful
+            not pipeline.steps[i].capabilities.keys_only for i in self._stateful
         )
         self._feedback = tuple(
             i

@@ -29,8 +29,8 @@ class Capabilities:
         page_granular: It selects whole pages.
         unbounded: Its budget depends on the content (top-p, adaptive), so that the capacity is not
             known.
-        reads_values: `Masker.append` looks at the values; where it does not, they need not be
-            gathered under graph capture, and it gets none there.
+        keys_only: `Masker.append` never looks at the values, so that under graph capture they need
+            not be gathered; it gets none there.
         needs: Optional inputs that it reads: ``hidden_states``, ``query_pre_rope``,
             ``key_pre_rope``, ``window_queries``, ``lse``.
     """
@@ -42,7 +42,7 @@ class Capabilities:
     shares_layers: bool = False
     page_granular: bool = False
     unbounded: bool = False
-    reads_values: bool = True
+    keys_only: bool = False
     needs: frozenset[str] = frozenset()
 
 

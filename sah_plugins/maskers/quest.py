@@ -89,7 +89,7 @@ class Quest(Masker):
     """Select the pages with the highest upper bounds of ``q . k``."""
 
     name: ClassVar[str] = "quest"
-    capabilities: ClassVar[Capabilities] = Capabilities(page_granular=True, reads_values=False)
+    capabilities: ClassVar[Capabilities] = Capabilities(page_granular=True, keys_only=True)
 
     heavy_size: Size = param(
         0.05,
