@@ -6,8 +6,10 @@ Nothing heavy is imported here: ``sah-bench --help`` costs Python, click and thi
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -28,6 +30,31 @@ The line stands here because click imports every subcommand to ask it for its he
 FAULT = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+
+class BadUsage(click.ClickException):
+    """A command line that click cannot read, said on one line."""
+
+    exit_code = BAD_INPUT
+
+    def __init__(self, error: click.UsageError) -> None:
+        message = " ".join(error.format_message().split()).rstrip(".")
+        command = error.ctx.command_path if error.ctx else "sah-bench"
+        super().__init__(f"{message}. see '{command} --help'.")
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the line."""
+        click.echo(f"error: {self.message}", file=file, err=file is None)
+
+
+@contextmanager
+def _usage_on_one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        raise BadUsage(error) from error
 
 
 class LazyGroup(click.Group):
@@ -61,10 +88,16 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the arguments of the group itself."""
+        with _usage_on_one_line():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand; whatever it raises becomes one line and an exit code."""
         try:
-            return super().invoke(ctx)
+            with _usage_on_one_line():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:

@@ -219,6 +219,8 @@ def _pipelines(values: Values) -> tuple[Pipeline, ...]:
         if pipeline.name is None and label is not None:
             pipeline = attrs.evolve(pipeline, name=label)  # tables show it as it was written
         found.append((pipeline, place))
+    named = [(p, place) for p, place in found if p.name is not None]
+    distinct(named, lambda pipeline: str(pipeline.name))
     return distinct(found, lambda pipeline: pipeline.text)
 
 

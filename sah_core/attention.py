@@ -172,6 +172,7 @@ class Session:
         observers: Sequence[object] = (),
     ) -> None:
         check_layers(pipeline, len(layer_types))
+        _check_layer_types(pipeline, layer_types)
         self.pipeline = pipeline
         self.layer_types = tuple(layer_types)
         self.requested = backend or pipeline.backend
@@ -519,6 +520,15 @@ def check_layers(pipeline: Pipeline, count: int) -> None:
                 raise ParameterError(
                     "Pipeline", option, layer, f"layer indices below {count}, the model's layers"
                 )
+
+
+def _check_layer_types(pipeline: Pipeline, known: Sequence[str]) -> None:
+    """Refuse layer types that were asked for and of which the model has none."""
+    asked = pipeline.layer_types
+    is_default = asked == attrs.fields(type(pipeline)).layer_types.default
+    if known and not is_default and not set(asked) & set(known):
+        expected = f"types that layers of the model have: {', '.join(dict.fromkeys(known))}"
+        raise ParameterError("Pipeline", "layer_types", list(asked), expected)
 
 
 def full_mask(inputs: Inputs) -> Mask:

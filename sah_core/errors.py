@@ -61,8 +61,10 @@ def _did_you_mean(nearest: tuple[str, ...]) -> str:
 
 
 def _see_plugin(owner: str) -> str:
-    # A class without a registered name shows up under its class name, which no command can show.
-    return f". see 'sah-bench plugins show {owner}'." if owner == owner.lower() else "."
+    # No command shows a class without a registered name, which shows up under its class name, nor
+    # the options of a call.
+    is_plugin = owner == owner.lower() and owner not in ("request", "generation")
+    return f". see 'sah-bench plugins show {owner}'." if is_plugin else "."
 
 
 class SahError(Exception):

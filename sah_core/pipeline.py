@@ -283,6 +283,9 @@ def _from_text(text: str, registry: Registry) -> Pipeline:
         raise PipelineError(_NEEDS_STEPS)
     parsed = parse_text(text)
     if [step.name for step in parsed.steps] == [DENSE]:
+        [step] = parsed.steps
+        if step.arguments or step.positional is not attrs.NOTHING:
+            raise PipelineError("'dense' takes no parameters; maskers do, such as 'sink(128)'")
         return Pipeline((), **_read_options(parsed.options, {}))
     steps = [_from_call(step, registry) for step in parsed.steps]
     return Pipeline.of(*steps, **parsed.options)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import attrs
 
-from sah_core.errors import RequestError
+from sah_core.errors import RequestError, short_repr
 
 Truncation = Literal["none", "middle", "head"]
 TRUNCATIONS: tuple[Truncation, ...] = ("none", "middle", "head")
 
 
 def _questions(value: str | Sequence[str]) -> str | tuple[str, ...]:
-    return value if isinstance(value, str) else tuple(value)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Iterable):
+        raise RequestError(f"expected a text or a list of texts, not {short_repr(value)}")
+    return tuple(value)
 
 
 @attrs.frozen(kw_only=True)
@@ -39,8 +43,8 @@ class Request:
         system: System message, for chat templates only.
 
     Raises:
-        RequestError: For an empty question, a prefix count that does not fit, or an unknown
-            truncation.
+        RequestError: For what is no text, an empty question, a prefix count that does not fit, or
+            an unknown truncation.
     """
 
     context: str
@@ -52,6 +56,8 @@ class Request:
     system: str | None = None
 
     def __attrs_post_init__(self) -> None:
+        if not isinstance(self.context, str):
+            raise RequestError(f"the context is {short_repr(self.context)}; expected a text")
         if not self.question_list:
             raise RequestError("a request needs at least one question")
         for index, question in enumerate(self.question_list):

@@ -10,7 +10,7 @@ from ..options import debug_option
 
 
 @click.command()
-@click.argument("experiment", required=False, type=click.Path(dir_okay=False))
+@click.argument("experiment", required=False, type=click.Path())
 @click.option("--model", "models", multiple=True, help="Alias, hub id, folder or GGUF file.")
 @click.option("--pipeline", "pipelines", multiple=True, help="Such as 'sink(128) | local(128)'.")
 @click.option("--benchmark", "benchmarks", multiple=True, help="Such as 'niah(lengths=[1024])'.")

@@ -71,6 +71,14 @@ def test_unknown_option_exits_with_2():
         (["run"], "error: sah-bench run: give at least one pipeline"),
         (["verify", "maskers", "absent"], "error: 'absent' is no golden case"),
         (["run", "--limit", "0", "--pipeline", "dense"], "error: sah-bench run: give at least one"),
+        (["run", "/"], "error: /: cannot be read: Is a directory"),
+        (["rnu"], "error: no command named 'rnu'. did you mean 'run'?"),
+        (["--bogus"], "error: No such option '--bogus'. see '"),
+        (
+            ["run", "--limit", "x"],
+            "error: Invalid value for '--limit': 'x' is not a valid integer.",
+        ),
+        (["plugins", "show"], "error: Missing argument 'NAME'. see '"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, line):

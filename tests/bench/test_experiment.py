@@ -96,6 +96,11 @@ def test_backend_goes_to_the_sparse_pipelines_that_name_none(document):
         ("pipelines", ["dense", "sink(4"], "e.yaml: pipelines[1]: pipeline 'sink(4': found the"),
         ("pipelines", ["snk"], "e.yaml: pipelines[0]: no masker named 'snk'. did you mean 'sink'?"),
         ("pipelines", ["sink(-1)"], "e.yaml: pipelines[0]: sink: sink_size = -1 is not allowed"),
+        (
+            "pipelines",
+            [{"name": "a", "steps": "sink(4)"}, {"name": "a", "steps": "sink(5)"}],
+            "e.yaml: pipelines[1]: 'a' is given twice as pipelines[0].",
+        ),
         ("pipelines", ["dense", "dense"], "e.yaml: pipelines[1]: 'dense' is given twice as pipel"),
         ("pipelines", [], "e.yaml: pipelines: e.yaml needs at least one pipeline"),
         ("pipelines", [{"steps": ["sink"], "nme": 1}], "e.yaml: pipelines[0]: Pipeline: no param"),

@@ -320,6 +320,14 @@ def test_a_pipeline_runs_where_and_when_it_says(options, layer_types, phase, spa
     assert [layer for _, layer, *_ in witness.seen] == sparse
 
 
+def test_layer_types_that_the_model_lacks_are_refused():
+    pipeline = Pipeline.of(Witness(), layer_types=["foo"])
+    with pytest.raises(ParameterError, match=r"layer_types = \['foo'\].*have: full_attention"):
+        Session(pipeline, ["full_attention"] * 2)
+    Session(Pipeline.of(Witness()), ["sliding_attention"] * 2)  # the default asks for nothing
+    Session(Pipeline.of(Witness(), layer_types=["foo", "full_attention"]), ["full_attention"])
+
+
 def test_layers_that_the_model_lacks_are_refused():
     for option in ("dense_layers", "layers"):
         pipeline = Pipeline.of(Witness(), **{option: [1, 4]})

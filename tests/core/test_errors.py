@@ -118,3 +118,8 @@ def test_a_long_value_is_cut_in_the_middle():
 
 def test_nearest_names_come_nearest_first():
     assert errors.nearest_names("quset", ["sink", "quest", "local"]) == ("quest",)
+
+
+def test_options_of_a_call_are_not_taken_for_a_plugin():
+    text = str(errors.ParameterError("request", "max_context_length", 0, "an integer >= 1"))
+    assert text == "request: max_context_length = 0 is not allowed: expected an integer >= 1."

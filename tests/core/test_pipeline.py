@@ -184,6 +184,8 @@ class TestText:
             ("t-first(3, first_size=3)", "first_size is given twice"),
             ("dense | t-plain", "'dense' is a whole pipeline"),
             ("t-plain | dense", "'dense' is a whole pipeline"),
+            ("dense(3)", "'dense' takes no parameters"),
+            ("dense(size=3)", "'dense' takes no parameters"),
             ("dense @ seed=3", "'dense' takes no options, but seed=3 was given"),
             ("dense @ backend=t-gather", "'dense' takes no options"),
             ("t-sampler | t-sampler", "at most one sampler"),

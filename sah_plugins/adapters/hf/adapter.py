@@ -242,7 +242,7 @@ class HuggingFaceAdapter:
         """Refuse what does not fit into the model."""
         limit, tokens = self.max_context, prompt_tokens + new_tokens
         if limit is not None and tokens > limit:
-            what = "the model's context" + (", new tokens included" if new_tokens else "")
+            what = "the model's context" + (", new tokens included," if new_tokens else "")
             raise ContextTooLongError(tokens, limit, what)
 
     def _watched(self, session: Session, observers: Sequence[object]) -> Session:
