@@ -114,7 +114,9 @@ def load_document(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
+        document = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ExperimentError(str(path), "", f"cannot be read: {reason}") from error
@@ -128,6 +130,28 @@ def load_document(path: str | Path) -> dict[str, Any]:
             str(path), "", f"an experiment is a mapping with keys such as {', '.join([*KEYS][:3])}"
         )
     return document
+
+
+def _refuse_repeated_keys(root: Any) -> None:
+    """Raise for a key that stands twice in a mapping: the loader would keep the last one."""
+    import yaml
+
+    waiting, visited = [root], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in visited:  # an alias, perhaps of what it stands in
+            continue
+        visited.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                waiting.append(value)
+                if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                    problem = f"key {key.value!r} is given twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
 
 
 def resolve(

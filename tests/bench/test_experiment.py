@@ -175,6 +175,15 @@ def test_invalid_yaml_is_named_with_line_and_column(tmp_path):
         load_document(path)
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "e.yaml"
+    path.write_text("models: [a]\nbenchmarks:\n- niah:\n    samples: 1\n    samples: 2\n")
+    with pytest.raises(ExperimentError, match=r"line 5, column 5: .*'samples' is given twice"):
+        load_document(path)
+    path.write_text("models: &m [a]\npipelines: *m\n")
+    assert load_document(path) == {"models": ["a"], "pipelines": ["a"]}
+
+
 @pytest.mark.parametrize("text", ["", "- a\n", "text"])
 def test_file_that_is_no_mapping_is_refused(tmp_path, text):
     path = tmp_path / "e.yaml"
