@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import attrs
 
+from sah_core.parameters import Size, from_plain, specs
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from sah_core.inputs import Inputs
     from sah_core.mask import Mask
     from sah_core.pipeline import Pipeline
     from sah_core.state import LayerInfo, State
+
+_EXAMPLE_TOKENS = 8
 
 
 @attrs.frozen(kw_only=True)
@@ -110,6 +116,29 @@ class Masker:
 
     def after_attention(self, state: Any, inputs: Inputs, mask: Mask, lse: Tensor | None) -> None:
         """Feedback after the attention was computed (accumulated scores of the eviction family)."""
+
+    @classmethod
+    def example(cls, folder: Path) -> Self:
+        """Make an instance that the conformance checks can run on their small tensors.
+
+        This one has the defaults of all parameters, but no size of more than 8 tokens: budgets
+        that leave most of two hundred keys out say most. Override it where a parameter has no
+        default, where an artefact (learned weights, a channel order) must be there, or where other
+        parameters should be small as well.
+
+        An artefact belongs to one model. `sah_core.testing.MODEL` is the one of the checks: its
+        layers, heads, KV heads and channels. In a call with other numbers of heads the masker
+        raises `UnsupportedError`, and the checks leave those calls out.
+
+        Args:
+            folder: An empty folder for small artefacts; it outlives the instance.
+        """
+        small = {
+            spec.name: max(_EXAMPLE_TOKENS, int(spec.minimum or 0))
+            for spec in specs(cls)
+            if isinstance(spec.default, Size) and (spec.default.tokens or 0) > _EXAMPLE_TOKENS
+        }
+        return from_plain(cls, small)
 
     @classmethod
     def is_stateful(cls) -> bool:

@@ -7,15 +7,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .conformance import CHECKS, CheckResult, run_checks
+    from .conformance import CHECKS, MODEL, CheckResult, CheckSkipped, run_checks
     from .golden import CaseResult, run_maskers
 
-__all__ = ["CHECKS", "CaseResult", "CheckResult", "run_checks", "run_maskers"]
+__all__ = [
+    "CHECKS",
+    "MODEL",
+    "CaseResult",
+    "CheckResult",
+    "CheckSkipped",
+    "run_checks",
+    "run_maskers",
+]
 
 _MODULES = {
     "CHECKS": "conformance",
     "CaseResult": "golden",
     "CheckResult": "conformance",
+    "CheckSkipped": "conformance",
+    "MODEL": "conformance",
     "run_checks": "conformance",
     "run_maskers": "golden",
 }

@@ -1,11 +1,12 @@
 """Conformance checks: what every masker must do, whatever its method.
 
 Each check is a function of a masker that raises `AssertionError`, saying what is wrong and what to
-change. A plugin's test suite runs them all:
+change, or `CheckSkipped`, saying why it cannot apply, which pytest reports as a skipped test. A
+plugin's test suite runs them all:
 
     @pytest.mark.parametrize("check", CHECKS)
-    def test_conformance(check):
-        check(MyMasker(heavy_size=8))
+    def test_conformance(check, tmp_path):
+        check(MyMasker.example(tmp_path))
 
 A masker is checked with the parameters that it is given; small budgets say more than large ones.
 Small random tensors go through the same `Session` that a model goes through, without a backend.
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import unittest
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import ClassVar, NoReturn
+from typing import ClassVar, Literal, NoReturn
 
 import attrs
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from sah_core.allowed import Allowed
 from sah_core.attention import Session
+from sah_core.errors import UnsupportedError, one_line
 from sah_core.inputs import Inputs, Phase
 from sah_core.mask import KeyRange, Mask
 from sah_core.masker import Masker
@@ -31,9 +34,30 @@ from sah_core.parameters import from_plain, to_plain
 from sah_core.pipeline import Pipeline
 from sah_core.pipeline_text import format_call, parse_text
 
-LAYERS = 4
+
+@attrs.frozen(kw_only=True)
+class Model:
+    """The numbers of a model, which an artefact must fit.
+
+    Attributes:
+        layers: Layers.
+        heads: Query heads.
+        kv_heads: Key/value heads.
+        head_dim: Channels of a query, a key and a value.
+        hidden: Channels of a layer's input.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+
+
+MODEL = Model(layers=4, heads=4, kv_heads=2, head_dim=16, hidden=24)
+"""What most calls of the checks look like; some have other numbers of heads."""
+
 SEED = 5
-HIDDEN = 24
 LAST_QUERIES = 32
 TOLERANCE = 1e-6
 
@@ -44,13 +68,31 @@ class CheckResult:
 
     Attributes:
         name: The check, without ``check_``.
-        passed: Whether the masker does what it must.
-        message: What is wrong and what to change; empty if it passed.
+        status: ``passed``, ``failed`` or ``skipped``.
+        message: What is wrong and what to change, or why the check cannot apply; empty if it
+            passed.
     """
 
     name: str
-    passed: bool
+    status: Literal["passed", "failed", "skipped"]
     message: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the masker does what it must."""
+        return self.status == "passed"
+
+    @property
+    def failed(self) -> bool:
+        """Whether the masker does something that it must not."""
+        return self.status == "failed"
+
+
+class CheckSkipped(unittest.SkipTest):
+    """A check cannot apply to this masker; the message says why.
+
+    As a `unittest.SkipTest` it makes a skipped test under pytest too.
+    """
 
 
 Check = Callable[[Masker], None]
@@ -63,15 +105,20 @@ def run_checks(masker: Masker, checks: Iterable[Check] | None = None) -> list[Ch
     """
     results = []
     for check in CHECKS if checks is None else checks:
+        status: Literal["passed", "failed", "skipped"] = "failed"
         message = ""
         try:
             check(masker)
         except AssertionError as error:
             message = str(error) or "an assertion without a message failed"
+        except CheckSkipped as error:
+            status, message = "skipped", str(error)
         except Exception as error:  # a masker under test may raise anything
-            message = f"{masker.name}: raised {type(error).__name__}: {error}"
+            message = f"{masker.name}: raised {type(error).__name__}: {one_line(str(error))}"
+        else:
+            status = "passed"
         name = check.__name__.removeprefix("check_")
-        results.append(CheckResult(name=name, passed=not message, message=message))
+        results.append(CheckResult(name=name, status=status, message=message))
     return results
 
 
@@ -110,7 +157,13 @@ class _Tokens:
 
     @classmethod
     def random(
-        cls, length: int, *, batch: int = 1, heads: int = 4, kv_heads: int = 2, seed: int = 0
+        cls,
+        length: int,
+        *,
+        batch: int = 1,
+        heads: int = MODEL.heads,
+        kv_heads: int = MODEL.kv_heads,
+        seed: int = 0,
     ) -> _Tokens:
         generator = torch.Generator().manual_seed(seed)
 
@@ -118,10 +171,10 @@ class _Tokens:
             return torch.randn(shape, generator=generator)
 
         return cls(
-            query=draw(batch, heads, length, 16) * 2,
-            key=draw(batch, kv_heads, length, 16),
-            value=draw(batch, kv_heads, length, 16),
-            hidden=draw(batch, length, HIDDEN),
+            query=draw(batch, heads, length, MODEL.head_dim) * 2,
+            key=draw(batch, kv_heads, length, MODEL.head_dim),
+            value=draw(batch, kv_heads, length, MODEL.head_dim),
+            hidden=draw(batch, length, MODEL.hidden),
         )
 
     @property
@@ -164,7 +217,7 @@ class _Run:
         self.tokens = tokens
         steps = (_Given(make=previous), masker)
         pipeline = Pipeline.of(*steps, prefill="sparse", seed=SEED)
-        self.session = Session(pipeline, ["full_attention"] * LAYERS)
+        self.session = Session(pipeline, ["full_attention"] * MODEL.layers)
 
     def inputs(
         self, begin: int, end: int, phase: Phase, layer: int, allowed: Allowed | None
@@ -185,7 +238,7 @@ class _Run:
             scaling=0.25,
             key_len=end,
             layer=layer,
-            layer_count=LAYERS,
+            layer_count=MODEL.layers,
             phase=phase,
             request_state=self.session.request_state,
             hidden_states=needed("hidden_states", tokens.hidden[:, begin:end]),
@@ -231,8 +284,8 @@ class _Shape:
     length: int
     rows: int
     batch: int = 1
-    heads: int = 4
-    kv_heads: int = 2
+    heads: int = MODEL.heads
+    kv_heads: int = MODEL.kv_heads
     first: tuple[int, ...] | None = None
 
     def tokens(self) -> _Tokens:
@@ -272,6 +325,28 @@ SHORT = (
     _Shape(title="three keys and two rows", length=3, rows=2),
     _Shape(title="seven keys", length=7, rows=1, batch=2, first=(0, 5)),
 )
+
+
+def _fits(masker: Masker, heads: int, kv_heads: int) -> bool:
+    """Whether the masker takes calls with these numbers of heads: an artefact fits one model."""
+    if (heads, kv_heads) == (MODEL.heads, MODEL.kv_heads):
+        return True
+    try:
+        _Shape(title="a try", length=40, rows=1, heads=heads, kv_heads=kv_heads).run(masker)
+    except UnsupportedError:
+        return False
+    except Exception:  # the check proper reports what a masker under test raises
+        return True
+    return True
+
+
+def _shapes(masker: Masker) -> tuple[_Shape, ...]:
+    """The kinds of calls that the masker takes."""
+    return tuple(shape for shape in SHAPES if _fits(masker, shape.heads, shape.kv_heads))
+
+
+def _skip(masker: Masker, why: str) -> NoReturn:
+    raise CheckSkipped(f"{masker.name}: {why}")
 
 
 def _effective(mask: Mask, inputs: Inputs) -> Tensor:
@@ -385,7 +460,7 @@ def check_pickling(masker: Masker) -> None:
 
 def check_shape(masker: Masker) -> None:
     """The mask is well formed for every kind of call."""
-    for shape in SHAPES:
+    for shape in _shapes(masker):
         mask, inputs = shape.run(masker)
         _check_well_formed(masker, mask, inputs, shape.title)
 
@@ -465,7 +540,7 @@ def check_no_readmission(masker: Masker) -> None:
     def clipped(inputs: Inputs) -> Mask:
         return Mask.full(inputs.shape) & inputs.allowed
 
-    for shape in SHAPES:
+    for shape in _shapes(masker):
         mask, inputs = shape.run(masker, clipped)
         forbidden = ~inputs.allowed.to_dense(inputs.capacity).expand(inputs.shape)
         dense = (mask & inputs.allowed).to_dense()
@@ -520,9 +595,9 @@ def check_causality(masker: Masker) -> None:
 def check_previous_respected(masker: Masker) -> None:
     """What earlier steps selected stays, with at least its probability, unless the step prunes."""
     if masker.capabilities.prunes:
-        return
+        _skip(masker, "a step that declares prunes may remove what was selected")
     for title, earlier in _earlier():
-        for shape in SHAPES:
+        for shape in _shapes(masker):
             mask, inputs = shape.run(masker, earlier)
             before = _effective(earlier(inputs), inputs)
             after = _effective(mask, inputs)
@@ -543,7 +618,7 @@ def check_previous_respected(masker: Masker) -> None:
 
 def check_previous_empty_and_full(masker: Masker) -> None:
     """Nothing selected before is a mask like any other, and so is everything."""
-    for shape in (*SHAPES, *SHORT):
+    for shape in (*_shapes(masker), *SHORT):
         mask, inputs = shape.run(masker, lambda inputs: Mask.full(inputs.shape))
         _require(
             mask.shape == inputs.shape, masker, "a full mask loses its shape", "use inputs.shape"
@@ -567,7 +642,10 @@ def check_previous_empty_and_full(masker: Masker) -> None:
 
 def check_kv_groups(masker: Masker) -> None:
     """Each query head uses the keys of its own KV group."""
-    for kv_heads in (1, 2):
+    counts = [k for k in (1, 2) if _fits(masker, 4, k)] if _fits(masker, 4, 4) else []
+    if not counts:
+        _skip(masker, f"what it was given fits {MODEL.heads} heads on {MODEL.kv_heads} only")
+    for kv_heads in counts:
         grouped = _Tokens.random(150, kv_heads=kv_heads)
         group = 4 // kv_heads
         single = attrs.evolve(
@@ -714,7 +792,7 @@ def check_determinism(masker: Masker) -> None:
 def check_layers_are_independent(masker: Masker) -> None:
     """What one layer sees does not change what another selects, unless choices are shared."""
     if masker.capabilities.shares_layers:
-        return
+        _skip(masker, "it declares shares_layers")
     tokens, others = _Tokens.random(120), _Tokens.random(120, seed=3)
     alone = _Run(masker, tokens)
     alone.context(115, layer=2)
@@ -796,7 +874,7 @@ def check_snapshot_and_restore(masker: Masker) -> None:
 def check_position_only(masker: Masker) -> None:
     """A step that declares `position_only` selects the same for any tensors and in any layer."""
     if not masker.capabilities.position_only:
-        return
+        _skip(masker, "it does not declare position_only")
     change = "drop position_only from its capabilities, or read neither tensors nor the layer"
     _require(not masker.is_stateful(), masker, "position_only and yet a state", change)
     for title, earlier in (("nothing", _nothing), *_earlier()):

@@ -14,7 +14,8 @@ rounds the bounds as Twilight does. Reads ``2 / page_size`` of the keys per quer
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import attrs
 import torch
@@ -115,6 +116,11 @@ class Quest(Masker):
         choices=GROUP_REDUCTIONS,
         help="How query heads share a choice in their KV group: none (own choice), sum, mean, max.",
     )
+
+    @classmethod
+    def example(cls, folder: Path) -> Self:
+        """Small pages, of which the checks' calls hold many."""
+        return cls(heavy_size=16, page_size=4)
 
     def init_state(self, layer: LayerInfo) -> PageBounds:
         """Room for the bounds of every page of the key buffer."""

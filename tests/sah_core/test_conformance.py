@@ -1,7 +1,9 @@
 """Conformance checks: every registered masker passes, and each check catches what it is for."""
 
+import functools
 import subprocess
 import sys
+import unittest
 from typing import ClassVar
 
 import attrs
@@ -9,32 +11,41 @@ import pytest
 import torch
 
 from sah_core import Capabilities, KeyRange, Mask, Masker, param, registry
+from sah_core.errors import MissingParameterError, UnsupportedError
+from sah_core.parameters import Size, specs
 from sah_core.state import GrowingBuffer
-from sah_core.testing import CHECKS, CheckResult, run_checks
+from sah_core.testing import CHECKS, MODEL, CheckResult, CheckSkipped, run_checks
 from sah_core.testing import conformance as module
 
 pytestmark = pytest.mark.unit
 
-SMALL = {
-    "causal": {},
-    "local": {"window_size": 7},
-    "oracle-top-k": {"heavy_size": 6},
-    "quest": {"heavy_size": 16, "page_size": 4},
-    "sink": {"sink_size": 3},
-}
-"""Budgets that leave most keys out of the small calls of the checks."""
+
+def by_defaults(name):
+    """The masker with its defaults; None if a parameter has none."""
+    masker = registry.maskers[name]
+    return None if any(spec.required for spec in specs(masker)) else masker()
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    """Makes the example of a masker, each once."""
+    return functools.cache(
+        lambda name: registry.maskers[name].example(tmp_path_factory.mktemp(name))
+    )
 
 
 @pytest.mark.parametrize("name", registry.maskers.names())
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_every_registered_masker_conforms(check, name):
-    check(registry.maskers[name]())
+def test_the_example_of_every_registered_masker_conforms(check, name, example):
+    check(example(name))
 
 
-@pytest.mark.parametrize("name", sorted(set(SMALL) & set(registry.maskers.names())))
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_with_small_budgets_too(check, name):
-    check(registry.maskers[name](**SMALL[name]))
+@pytest.mark.parametrize(
+    "masker",
+    [pytest.param(m, id=m.name) for m in map(by_defaults, registry.maskers.names()) if m],
+)
+def test_every_masker_that_has_defaults_conforms_with_them(masker):
+    assert [result for result in run_checks(masker) if result.failed] == []
 
 
 def test_every_check_of_the_module_is_run():
@@ -46,7 +57,36 @@ def test_every_check_of_the_module_is_run():
 def test_results_name_the_check_and_say_whether_it_passed():
     results = run_checks(registry.maskers["sink"](sink_size=3))
     assert [r.name for r in results] == [c.__name__.removeprefix("check_") for c in CHECKS]
-    assert results[0] == CheckResult(name="docstring", passed=True)
+    assert results[0] == CheckResult(name="docstring", status="passed")
+
+
+def test_a_check_that_cannot_apply_says_why_and_is_a_skipped_test():
+    [result] = run_checks(Right(), [module.check_position_only])
+    assert result == CheckResult(
+        name="position_only",
+        status="skipped",
+        message="wrong: it does not declare position_only",
+    )
+    assert not result.passed
+    assert not result.failed
+    assert issubclass(CheckSkipped, unittest.SkipTest)
+
+
+def test_a_masker_of_one_model_is_checked_with_that_model():
+    results = {result.name: result for result in run_checks(OfOneModel())}
+    assert results["kv_groups"].status == "skipped"
+    assert "fits 4 heads on 2 only" in results["kv_groups"].message
+    assert results["shape"].passed
+    assert not [result for result in results.values() if result.failed]
+
+
+class TestExamples:
+    def test_an_example_has_no_size_of_more_than_eight_tokens(self, tmp_path):
+        assert Sized.example(tmp_path) == Sized(large=8, small=3, share=0.5, least=20)
+
+    def test_a_masker_without_defaults_makes_its_own(self, tmp_path):
+        with pytest.raises(MissingParameterError, match="demanding: file is missing"):
+            Demanding.example(tmp_path)
 
 
 def test_the_checks_are_loaded_on_first_use():
@@ -98,6 +138,35 @@ class Keys:
 @attrs.frozen(kw_only=True)
 class Right(Wrong):
     """Nothing is wrong with this one."""
+
+
+@attrs.frozen(kw_only=True)
+class OfOneModel(Wrong):
+    """Has an artefact that fits the model of the checks."""
+
+    def select(self, inputs):
+        if (inputs.heads, inputs.kv_heads) != (MODEL.heads, MODEL.kv_heads):
+            raise UnsupportedError("one-model", "its artefact is that of another model")
+        return super().select(inputs)
+
+
+@attrs.frozen(kw_only=True)
+class Sized(Wrong):
+    """Has sizes of all sorts."""
+
+    large: Size = param(128, type=Size, help="Cut.")
+    small: Size = param(3, type=Size, help="Kept.")
+    share: Size = param(0.5, type=Size, help="Kept.")
+    least: Size = param(64, type=Size, minimum=20, help="Cut as far as is allowed.")
+
+
+@attrs.frozen(kw_only=True)
+class Demanding(Wrong):
+    """Has a parameter without a default."""
+
+    name: ClassVar[str] = "demanding"
+
+    file: str = param(type=str, help="Must be given.")
 
 
 @attrs.frozen(kw_only=True)
@@ -351,7 +420,7 @@ MISTAKES = [
 def test_a_mistake_is_caught_by_its_check_which_says_what_to_change(masker, check, advice):
     [result] = run_checks(masker, [getattr(module, f"check_{check}")])
     assert result.name == check
-    assert not result.passed
+    assert result.failed
     assert result.message.startswith("wrong: ")
     assert "\n" not in result.message
     with pytest.raises(AssertionError, match=advice):
@@ -359,7 +428,7 @@ def test_a_mistake_is_caught_by_its_check_which_says_what_to_change(masker, chec
 
 
 def test_without_the_mistake_they_pass():
-    assert [r for r in run_checks(Right()) if not r.passed] == []
+    assert [r for r in run_checks(Right()) if r.failed] == []
 
 
 def test_every_check_catches_some_mistake():
