@@ -126,3 +126,30 @@ class Response:
 
     responses: str | list[str]
     details: tuple[AnswerDetail, ...]
+
+
+@attrs.frozen(kw_only=True)
+class Likelihood:
+    """How well a model predicts a given text, token by token.
+
+    Attributes:
+        token_ids: The predicted tokens; the first token of the text is none of them, for the pass
+            that predicts it belongs to the context.
+        losses: Negative log-likelihood of each, in nats.
+        correct: Whether each is the token that the model held most likely.
+        context_tokens: Tokens that stood before the text.
+        seconds: Time of the text's pass, observers not included.
+        backends: Backends that executed the sparse calls.
+    """
+
+    token_ids: tuple[int, ...]
+    losses: tuple[float, ...]
+    correct: tuple[bool, ...]
+    context_tokens: int
+    seconds: float
+    backends: tuple[str, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood in nats per token."""
+        return sum(self.losses) / len(self.losses)
