@@ -20,8 +20,9 @@ def verify() -> None:
 @verify.command("maskers")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--backend", "backends", multiple=True, help="Only this backend; may be repeated.")
+@click.option("--device", default="cpu", show_default=True, help="Where the cases run.")
 @debug_option
-def maskers(paths: tuple[str, ...], backends: tuple[str, ...]) -> None:
+def maskers(paths: tuple[str, ...], backends: tuple[str, ...], device: str) -> None:
     """Check maskers and backends on golden cases: files, or folders that hold some.
 
     One line per file and backend: passed, failed or skipped, with the reason. The exit code is 1 if
@@ -30,7 +31,7 @@ def maskers(paths: tuple[str, ...], backends: tuple[str, ...]) -> None:
     from sah_core.testing.golden import run_maskers
 
     totals: Counter[str] = Counter()
-    for result in run_maskers(paths, backends or None):
+    for result in run_maskers(paths, backends or None, device):
         totals[result.status] += 1
         status = click.style(result.status.ljust(7), fg=_COLOURS[result.status])
         line = f"{status}  {result.case}  {result.backend}"

@@ -118,6 +118,10 @@ class Case:
             raise _not_a_case(path, f"it lacks {', '.join(missing)}")
         return case
 
+    def on(self, device: str) -> Case:
+        """The case with its tensors on another device."""
+        return attrs.evolve(self, tensors={k: t.to(device) for k, t in self.tensors.items()})
+
     def inputs(self, backend: Backend) -> Inputs:
         """The attention call of the case, with the scoring primitives of a backend."""
         query, key = self.tensors["query"], self.tensors["key"]
@@ -152,32 +156,54 @@ class Case:
 
 
 def run_maskers(
-    paths: Iterable[str | Path], backends: Sequence[str] | None = None
+    paths: Iterable[str | Path], backends: Sequence[str] | None = None, device: str = "cpu"
 ) -> Iterator[CaseResult]:
     """Check golden cases on backends: the selection exactly, the output within 1e-5.
 
     Args:
         paths: Files, or folders that hold some.
         backends: Registered names; None is every backend that is registered.
+        device: Where the cases run: ``cpu``, ``cuda``, ``cuda:1``, ...
 
     Yields:
-        A result per file and backend, in order. What cannot run here is skipped, with the reason.
+        A result per file and backend, in order. What cannot run here is skipped, with the reason; a
+        file that is no golden case has failed.
 
     Raises:
-        RequestError: A path leads to no golden case.
+        RequestError: A path does not exist or holds no file, or there is no such device.
         UnknownPluginError: There is no such backend.
     """
     names = registry.backends.names() if backends is None else tuple(backends)
     for name in names:
         if name not in registry.backends:
             registry.backends.entry(name)  # raises what is wrong with the name
+    check_device(device)
     for path in case_files(paths):
-        case = Case.read(path)
+        try:
+            case = Case.read(path).on(device)
+        except RequestError as error:
+            yield CaseResult(
+                path=path, case=path.stem, backend="-", status="failed", reason=one_line(str(error))
+            )
+            continue
         for name in names:
             status, reason = _run(case, name)
             yield CaseResult(
                 path=path, case=case.name, backend=name, status=status, reason=one_line(reason)
             )
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        RequestError: With what torch says of it.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = one_line(str(error)).split(". ")[0]
+        raise RequestError(f"device {device!r} cannot be used: {reason}") from error
 
 
 def case_files(paths: Iterable[str | Path]) -> list[Path]:

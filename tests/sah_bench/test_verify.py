@@ -140,13 +140,24 @@ def test_a_folder_stands_for_its_files_in_order(write, tmp_path):
     assert [result.case for result in run_maskers([tmp_path], ["eager"])] == ["a", "b"]
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no safetensors"])
-def test_what_is_no_case_is_one_line(tmp_path, content):
-    path = tmp_path / "x.safetensors"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(RequestError, match="is no golden case"):
-        list(run_maskers([path]))
+@pytest.mark.parametrize("content", [b"", b"no safetensors"])
+def test_what_is_no_case_has_failed_and_the_others_still_run(write, tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    write("b")
+    bad, good = run_maskers([tmp_path], ["eager"])
+    assert (bad.case, bad.backend, bad.status) == ("a", "-", "failed")
+    assert "is no golden case" in bad.reason
+    assert (good.case, good.status) == ("b", "passed")
+
+
+def test_a_path_that_does_not_exist_is_an_error(tmp_path):
+    with pytest.raises(RequestError, match="there is no such file"):
+        list(run_maskers([tmp_path / "x.safetensors"]))
+
+
+def test_a_device_that_is_not_there_is_an_error(write):
+    with pytest.raises(RequestError, match="device 'warp' cannot be used"):
+        list(run_maskers([write()], ["eager"], device="warp"))
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
@@ -155,8 +166,9 @@ def test_an_empty_folder_is_an_error(tmp_path):
 
 
 def test_a_file_that_lacks_a_tensor_is_no_case(write):
-    with pytest.raises(RequestError, match="it lacks output"):
-        run(write(change=lambda tensors: tensors.pop("output")))
+    result = run(write(change=lambda tensors: tensors.pop("output")))
+    assert result.status == "failed"
+    assert "it lacks output" in result.reason
 
 
 def test_the_command_prints_a_line_each_and_totals(write, tmp_path):
