@@ -24,22 +24,22 @@ PIPELINES = (
 )
 
 
-def tiny_llama(dtype: torch.dtype) -> torch.nn.Module:
+def llama(heads: int = 8, kv_heads: int = 2, head_dim: int = 64, layers: int = 2):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=128,
         hidden_size=256,
         intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=2048,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=2**18,
         initializer_range=0.3,
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to("cuda", dtype).eval()
+    return LlamaForCausalLM(config).to("cuda", torch.float32).eval()
 
 
 def started(
@@ -52,14 +52,14 @@ def started(
     session = Session(pipeline, compat.layer_types(model))
     calls = {
         layer: Inputs(
-            query=key.new_empty(key.shape[0], 8, 0, key.shape[3]),
+            query=key.new_empty(key.shape[0], model.config.num_attention_heads, 0, key.shape[3]),
             key=key,
             value=value,
             allowed=Allowed.causal(0, key.shape[2], device=key.device),
             scaling=key.shape[3] ** -0.5,
             key_len=key.shape[2],
             layer=layer,
-            layer_count=2,
+            layer_count=model.config.num_hidden_layers,
         )
         for layer, key, value in compat.cached_tensors(kv_cache)
     }
@@ -69,15 +69,11 @@ def started(
     return session, kv_cache
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("text", PIPELINES)
-@torch.no_grad()
-def test_replayed_tokens_equal_eager_ones(text: str, batch: int) -> None:
+def eager_and_replayed(model, pipeline: Pipeline, ids: torch.Tensor, new: int):
+    """Tokens of both ways of decoding, and the session of the second."""
     from sah_plugins.adapters.hf.captured import CapturedDecode
 
-    model, pipeline, new = tiny_llama(torch.float32), Pipeline.parse(text), 40
-    ids = torch.randint(0, 128, (batch, 500), device="cuda")
-    token = torch.full((batch, 1), 7, device="cuda")
+    token = torch.full((ids.shape[0], 1), 7, device="cuda")
     session, kv_cache = started(model, pipeline, ids)
     name = compat.cache_argument(type(model).forward)
     expected, fed = [], token
@@ -89,6 +85,27 @@ def test_replayed_tokens_equal_eager_ones(text: str, batch: int) -> None:
     session, kv_cache = started(model, pipeline, ids)
     loop = CapturedDecode(model, session, kv_cache, token, room=new)
     assert loop.graph is not None
-    assert torch.equal(torch.tensor(loop.generate(new)), torch.cat(expected, dim=1).cpu())
+    return torch.cat(expected, dim=1).cpu(), torch.tensor(loop.generate(new)), session
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("text", PIPELINES)
+@torch.no_grad()
+def test_replayed_tokens_equal_eager_ones(text: str, batch: int) -> None:
+    pipeline = Pipeline.parse(text)
+    ids = torch.randint(0, 128, (batch, 500), device="cuda")
+    expected, replayed, session = eager_and_replayed(llama(), pipeline, ids, 40)
+    assert torch.equal(replayed, expected)
     if pipeline.steps:
         assert session.backends_used == {"triton"}
+
+
+@pytest.mark.parametrize("text", PIPELINES[1:])
+@torch.no_grad()
+def test_they_are_equal_on_a_large_shape_too(text: str) -> None:
+    """32 query heads on 8 KV heads of 128 channels over 65,536 keys, two sequences."""
+    model = llama(heads=32, kv_heads=8, head_dim=128, layers=2)
+    ids = torch.randint(0, 128, (2, 65536), device="cuda")
+    expected, replayed, session = eager_and_replayed(model, Pipeline.parse(text), ids, 24)
+    assert torch.equal(replayed, expected)
+    assert session.backends_used == {"triton"}
