@@ -100,6 +100,9 @@ class AnswerDetail:
         new_tokens: Generated tokens.
         seconds_prefill: Time of the context's prefill, which the questions of a request share.
         seconds_decode: Time of question and generation, observers not included.
+        seconds_first_token: The part of ``seconds_decode`` until the first new token was known.
+        seconds_index: Time in which the pipeline's maskers took note of the prefilled context,
+            which the questions of a request share; 0 for maskers that keep nothing.
         finished: ``eos`` or ``length`` (or ``stop`` for a stop string).
         backends: Backends that executed the sparse calls.
     """
@@ -113,6 +116,21 @@ class AnswerDetail:
     seconds_decode: float
     finished: str
     backends: tuple[str, ...] = ()
+    seconds_first_token: float = 0.0
+    seconds_index: float = 0.0
+
+    @property
+    def time_to_first_token(self) -> float:
+        """Seconds from the whole prompt to the first new token: prefill, upkeep of the maskers,
+        question.
+        """
+        return self.seconds_prefill + self.seconds_index + self.seconds_first_token
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """New tokens per second after the first; None for an answer of one token."""
+        seconds = self.seconds_decode - self.seconds_first_token
+        return (self.new_tokens - 1) / seconds if self.new_tokens > 1 and seconds > 0 else None
 
 
 @attrs.frozen(kw_only=True)

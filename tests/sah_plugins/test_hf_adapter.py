@@ -1,8 +1,9 @@
 import copy
+import time
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from sah_core import Request, hookimpl
 from sah_core.errors import (
@@ -733,6 +734,71 @@ def test_details_say_how_an_answer_came_about(make):
         assert detail.seconds_decode > 0
         assert detail.backends == ("gather",)
     assert len({d.seconds_prefill for d in response.details}) == 1
+
+
+class Slow(LogitsProcessor):
+    """Takes its time before the choice of some tokens."""
+
+    def __init__(self, *steps):
+        self.steps, self.step = steps, -1
+
+    def __call__(self, input_ids, scores):
+        self.step += 1
+        if self.step in self.steps:
+            time.sleep(0.2)
+        return scores
+
+
+@pytest.mark.parametrize(("steps", "first"), [((0,), True), ((1,), False), ((4,), False)])
+def test_the_time_to_the_first_token_ends_with_the_first_token(make, steps, first):
+    adapter = make("llama", "sink(2) | local(4)")
+    options = {**NEW, "logits_processor": LogitsProcessorList([Slow(*steps)]), "eos_token_id": 1}
+    detail = adapter.process_request(Request(context=CONTEXT, questions="a?"), options).details[0]
+    assert detail.new_tokens == 6
+    assert detail.seconds_decode > 0.2
+    assert 0 < detail.seconds_first_token < detail.seconds_decode
+    assert (detail.seconds_first_token > 0.2) is first
+    rest = detail.seconds_decode - detail.seconds_first_token
+    assert detail.tokens_per_second == 5 / rest
+    assert detail.time_to_first_token == (
+        detail.seconds_prefill + detail.seconds_index + detail.seconds_first_token
+    )
+
+
+def test_time_of_observers_is_not_in_the_time_to_the_first_token(make):
+    class Sleepy:
+        @hookimpl
+        def sah_mask_built(self):
+            time.sleep(0.05)
+
+    adapter = make("llama", "sink(2) | local(4)")
+    request = Request(context=CONTEXT, questions="a?")
+    detail = adapter.process_request(request, NEW, observers=[Sleepy()]).details[0]
+    assert detail.seconds_decode < 0.1
+
+
+def test_maskers_that_take_note_of_the_context_are_timed(make):
+    request = Request(context=CONTEXT, questions=QUESTIONS)
+    for pipeline, keeps in ((PIPELINES[1], False), (PIPELINES[3], True)):
+        details = make("llama", pipeline).process_request(request, NEW).details
+        assert (details[0].seconds_index > 0) is keeps
+        assert len({d.seconds_index for d in details}) == 1
+
+
+def test_an_answer_of_one_token_has_no_speed(make):
+    request = Request(context=CONTEXT, questions="a?")
+    detail = make().process_request(request, {"max_new_tokens": 1}).details[0]
+    assert detail.tokens_per_second is None
+    assert 0 < detail.seconds_first_token <= detail.seconds_decode
+
+
+def test_stopping_criteria_of_the_caller_are_kept(make):
+    stops = StoppingCriteriaList([lambda ids, scores: torch.tensor([ids.shape[1] >= 12])])
+    options = {**NEW, "max_new_tokens": 40, "stopping_criteria": stops, "eos_token_id": 1}
+    detail = make().process_request(Request(context="x", questions="a?"), options).details[0]
+    assert detail.prompt_tokens - detail.context_tokens + detail.new_tokens == 12
+    assert detail.finished == "stop"
+    assert len(stops) == 1
 
 
 def test_capped_logits_are_never_left_to_sdpa(models):

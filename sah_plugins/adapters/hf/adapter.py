@@ -19,7 +19,7 @@ from sah_core.patching import use
 from sah_core.requests import AnswerDetail, Likelihood
 
 from .captured import CapturedDecode
-from .generation import generation_options
+from .generation import FirstToken, generation_options
 from .loading import Loaded, load_model
 from .prefilled import ContextState, Prefilled, shared_context
 from .prompts import Prompt, build_prompts
@@ -394,8 +394,11 @@ class HuggingFaceAdapter:
             )
         compat.restore_cache(prefilled.cache, prefilled.base)
         before = session.snapshot() if session is prefilled.session else None
+        begin = self._now()
         self._end_context(session, prefilled.cache)
-        prefilled.states[key] = ContextState(session, session.snapshot(), before)
+        keeps = any(step.is_stateful() for step in pipeline.steps)
+        seconds = self._now() - begin if keeps else 0.0
+        prefilled.states[key] = ContextState(session, session.snapshot(), before, seconds)
         return prefilled.states[key]
 
     def _end_context(self, session: Session, kv_cache: Any) -> None:
@@ -492,13 +495,16 @@ class HuggingFaceAdapter:
         begin = self._now()
         observed = state.session.observer_seconds
         question = torch.tensor([prompt.ids[prompt.context_tokens :]], device=self.device)
+        clock = FirstToken(
+            lambda: self._now() - begin - (state.session.observer_seconds - observed)
+        )
         with self._resumed(prefilled, state, prompt) as session, use(self.model, session):
             session.start_question()
             output = self.model.generate(
                 question,
                 attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.long, device=self.device),
                 **{self._cache_argument: prefilled.cache},
-                **options,
+                **clock.added_to(options),
             )
         seconds = self._now() - begin - (session.observer_seconds - observed)
         new = tuple(output[0, question.shape[1] :].tolist())
@@ -514,6 +520,8 @@ class HuggingFaceAdapter:
             seconds_decode=seconds,
             finished=finished,
             backends=tuple(sorted(session.backends_used)),
+            seconds_first_token=seconds if clock.seconds is None else clock.seconds,
+            seconds_index=state.seconds,
         )
 
     def _now(self) -> float:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
 
 from sah_core import ParameterError, RequestError, compat
 from sah_core.errors import nearest_names
@@ -41,6 +45,34 @@ REFUSED = {
 """Options of ``generate`` that have no place here, and why."""
 NEUTRAL = {"num_return_sequences": 1, "num_beams": 1, "guidance_scale": 1, "use_cache": True}
 """Values of refused options that change nothing, where that is not False or None."""
+
+
+@attrs.define(eq=False)
+class FirstToken:
+    """A stopping criterion that stops nothing and notes when the first token was known.
+
+    Attributes:
+        elapsed: Seconds since the question began, the device's work done.
+        seconds: What it said at the first token.
+    """
+
+    elapsed: Callable[[], float]
+    seconds: float | None = None
+    _never: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Tensor:
+        """Called by ``generate`` after each token; no sequence stops here."""
+        if self._never is None:
+            self.seconds = self.elapsed()
+            self._never = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return self._never
+
+    def added_to(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with this criterion behind the caller's own."""
+        from transformers import StoppingCriteriaList
+
+        given = options.get("stopping_criteria") or ()
+        return {**options, "stopping_criteria": StoppingCriteriaList([*given, self])}
 
 
 def generation_options(

@@ -21,11 +21,13 @@ class ContextState:
         session: Holds the states.
         ended: Snapshot after the end of the context was announced to them.
         open: Snapshot before that, None unless the prefill was sparse.
+        seconds: Time that taking note of the context took.
     """
 
     session: Session
     ended: Snapshot
     open: Snapshot | None = None
+    seconds: float = 0.0
 
 
 @attrs.define
