@@ -12,7 +12,7 @@ from typing import Any
 
 from sah_core import registry
 from sah_core.kind import Kind
-from sah_core.parameters import to_plain
+from sah_core.parameters import specs, to_plain
 from sah_core.pipeline import Pipeline
 
 from .experiment import BenchmarkPlan, Experiment
@@ -44,6 +44,7 @@ def cell_identity(
         model: What the adapter says of the loaded model: hash of the weights, dtype.
     """
     benchmark = plan.benchmark
+    places = {spec.name for spec in specs(type(benchmark)) if spec.location}
     return {
         "format": _FORMAT,
         "model": {key: value for key, value in model.items() if key not in _NAMES},
@@ -52,13 +53,17 @@ def cell_identity(
         "backend": pipeline.backend,
         "benchmark": {
             "name": benchmark.name,
-            "parameters": to_plain(benchmark),
+            "parameters": {k: v for k, v in to_plain(benchmark).items() if k not in places},
             "revision": benchmark.revision(),
         },
         "task": task,
         "protocol": benchmark.protocol_for(task).to_plain(),
         "seed": experiment.seed,
-        "generation": {**experiment.generation, "max_new_tokens": experiment.max_new_tokens},
+        "generation": {
+            **benchmark.generation_for(task),
+            **experiment.generation,
+            "max_new_tokens": experiment.max_new_tokens,
+        },
         "max_context_length": experiment.max_context_length,
         "metrics": sorted(experiment.metrics),
         "plugins": plugin_versions(experiment, plan, pipeline),

@@ -14,11 +14,13 @@ from .registry import Registry, registry
 if TYPE_CHECKING:
     from .allowed import Allowed
     from .backend import Backend, Problem
-    from .benchmark import Benchmark, Example, Protocol
+    from .benchmark import Benchmark, DataSource, Example, Protocol, TaskInfo
     from .errors import (
         BrokenPluginError,
         ContextTooLongError,
+        DataError,
         ExperimentError,
+        MissingLibraryError,
         MissingParameterError,
         ModelNotFoundError,
         OutputFolderError,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from .patching import attach
     from .pipeline import Pipeline
     from .requests import Request, Response
+    from .scorer import Scorer
 
 __all__ = [
     "Allowed",
@@ -50,12 +53,15 @@ __all__ = [
     "BrokenPluginError",
     "Capabilities",
     "ContextTooLongError",
+    "DataError",
+    "DataSource",
     "Example",
     "ExperimentError",
     "Inputs",
     "KeyRange",
     "Mask",
     "Masker",
+    "MissingLibraryError",
     "MissingParameterError",
     "ModelNotFoundError",
     "Ops",
@@ -73,9 +79,11 @@ __all__ = [
     "RequestError",
     "Response",
     "SahError",
+    "Scorer",
     "Search",
     "Selected",
     "Size",
+    "TaskInfo",
     "UnknownParameterError",
     "UnknownPluginError",
     "UnsupportedError",
@@ -90,6 +98,7 @@ _MODULES = {
     "Backend": "backend",
     "Benchmark": "benchmark",
     "Capabilities": "masker",
+    "DataSource": "benchmark",
     "Example": "benchmark",
     "Inputs": "inputs",
     "KeyRange": "mask",
@@ -101,9 +110,11 @@ _MODULES = {
     "Protocol": "benchmark",
     "Request": "requests",
     "Response": "requests",
+    "Scorer": "scorer",
     "Search": "parameters",
     "Selected": "mask",
     "Size": "parameters",
+    "TaskInfo": "benchmark",
     "attach": "patching",
     "hookimpl": "hookspecs",
     "param": "parameters",

@@ -13,7 +13,9 @@ import attrs
 __all__ = [
     "BrokenPluginError",
     "ContextTooLongError",
+    "DataError",
     "ExperimentError",
+    "MissingLibraryError",
     "MissingParameterError",
     "ModelNotFoundError",
     "OutputFolderError",
@@ -297,6 +299,43 @@ class ModelNotFoundError(SahError, LookupError):
 
     def __str__(self) -> str:
         return one_line(f"model {self.name!r} not found: {self.reason}. {self.hint}")
+
+
+@attrs.define
+class MissingLibraryError(SahError, ImportError):
+    """An optional library is needed and not installed.
+
+    Attributes:
+        what: who needs it.
+        library: the distribution that ships it.
+        extra: the extra of this project that brings it; may be empty.
+    """
+
+    what: str
+    library: str
+    extra: str = ""
+
+    def __str__(self) -> str:
+        package = f"'sparse-attention-hub[{self.extra}]'" if self.extra else self.library
+        return f"{self.what} needs the package {self.library}: pip install {package}"
+
+
+@attrs.define
+class DataError(SahError, ValueError):
+    """The data of a benchmark cannot be used.
+
+    Attributes:
+        owner: the registered name of the benchmark, and its task if one is concerned.
+        place: the file, folder or hub data set.
+        problem: what is wrong, what was expected and what to do, on one line.
+    """
+
+    owner: str
+    place: str
+    problem: str
+
+    def __str__(self) -> str:
+        return one_line(f"{self.owner}: {self.place}: {self.problem}")
 
 
 @attrs.define

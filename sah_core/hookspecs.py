@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .masker import Masker
     from .pipeline import Pipeline
     from .requests import Request, Response
+    from .scorer import Scorer
 
 __all__ = [
     "PROJECT",
@@ -47,6 +48,7 @@ __all__ = [
     "ModelSpec",
     "ObjectiveSpec",
     "ObserverSpec",
+    "ScorerSpec",
     "hookimpl",
     "hookspec",
 ]
@@ -169,6 +171,32 @@ class BenchmarkSpec:
             @hookimpl
             def sah_benchmark():
                 return Needle
+        """
+
+
+class ScorerSpec:
+    """The hook of the entry-point group ``sah.scorers``."""
+
+    @_first
+    def sah_scorer(self) -> Mapping[str, Scorer] | None:
+        """Names the metrics of one family, such as those of a benchmark.
+
+        Called once, when ``registry.scorers[name]`` is first used, or when a metric whose name
+        begins with the family's is looked for.
+
+        Must not import optional libraries: a scorer does when it is first called.
+
+        Returns:
+            A mapping from the name of a metric, as golden files and `TaskInfo.metric` have it, to
+            its `Scorer`. Exactly one plugin is asked; its result is the result.
+
+        Raises:
+            BrokenPluginError: by the registry, if the hook is missing, raises or returns None.
+
+        Example:
+            @hookimpl
+            def sah_scorer():
+                return {"longbench_qa_f1": QA_F1, "longbench_rouge": ROUGE}
         """
 
 

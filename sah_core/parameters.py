@@ -105,6 +105,8 @@ class ParameterSpec:
         choices: the only values allowed, if there are such.
         unit: what the number counts, such as ``tokens``.
         search: where a tuning run looks; None keeps the parameter out of searches.
+        location: whether it only says where something lies, such as a folder of data, so that it
+            is no part of what a result is.
     """
 
     name: str = ""
@@ -117,6 +119,7 @@ class ParameterSpec:
     choices: tuple[Any, ...] | None = None
     unit: str | None = None
     search: Search | None = None
+    location: bool = False
 
     @property
     def required(self) -> bool:
@@ -284,6 +287,7 @@ def param(
     choices: Sequence[Any] | None = None,
     unit: str | None = None,
     search: Search | None = None,
+    location: bool = False,
 ) -> Any:
     """Declares one parameter of an attrs class.
 
@@ -299,6 +303,8 @@ def param(
         choices: the only values allowed.
         unit: what the number counts.
         search: where a tuning run looks.
+        location: the parameter only says where something lies; what lies there is identified by
+            its content.
 
     Returns:
         An attrs field that converts and checks its value, on construction and in ``attrs.evolve``.
@@ -315,6 +321,7 @@ def param(
         choices=None if choices is None else tuple(choices),
         unit=unit,
         search=search,
+        location=location,
     )
     if spec.element not in _CONVERT or type is types.NoneType:
         raise TypeError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from . import hookspecs
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .backend import Backend
     from .benchmark import Benchmark
     from .masker import Masker
+    from .scorer import Scorer
 
 __all__ = ["DISABLE_VARIABLE", "Kind", "PluginEntry", "Registry", "registry"]
 
@@ -40,6 +41,7 @@ class Registry:
         adapters: classes that answer requests with a model.
         backends: classes of `Backend`.
         benchmarks: classes of `Benchmark`.
+        scorers: families of metrics, each a mapping from a metric's name to its `Scorer`.
         metrics: classes of observers with a result.
         models: functions that find the files of a model alias.
         objectives: what tuning runs optimise.
@@ -51,6 +53,7 @@ class Registry:
         self.adapters: Kind[type[Any]] = self._kind("adapter", hookspecs.AdapterSpec)
         self.backends: Kind[type[Backend]] = self._kind("backend", hookspecs.BackendSpec)
         self.benchmarks: Kind[type[Benchmark]] = self._kind("benchmark", hookspecs.BenchmarkSpec)
+        self.scorers: Kind[Mapping[str, Scorer]] = self._kind("scorer", hookspecs.ScorerSpec)
         self.metrics: Kind[type[Any]] = self._kind("metric", hookspecs.MetricSpec)
         self.models: Kind[Callable[[], Any]] = self._kind("model", hookspecs.ModelSpec)
         self.objectives: Kind[Callable[..., Any]] = self._kind("objective", hookspecs.ObjectiveSpec)
@@ -65,6 +68,7 @@ class Registry:
             self.adapters,
             self.backends,
             self.benchmarks,
+            self.scorers,
             self.metrics,
             self.models,
             self.objectives,

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import click
 
 from ..options import debug_option
+
+if TYPE_CHECKING:
+    from sah_core.testing.golden_metrics import FileResult
+
+_FIRST = 5
+"""How many cases that differ are shown per file."""
 
 _COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 
@@ -39,3 +46,48 @@ def maskers(paths: tuple[str, ...], backends: tuple[str, ...], device: str) -> N
     click.echo(", ".join(f"{totals[status]} {status}" for status in _COLOURS))
     if totals["failed"]:
         raise click.exceptions.Exit(1)
+
+
+@verify.command("metrics")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("-v", "--verbose", is_flag=True, help="Show the first cases that differ.")
+@debug_option
+def metrics(paths: tuple[str, ...], verbose: bool) -> None:
+    """Check metrics on golden cases: JSON files, or folders that hold some.
+
+    One line per file: passed, failed or skipped, with how many cases and the reason. The exit code
+    is 1 if any failed.
+    """
+    from sah_core.testing.golden_metrics import run_metrics
+
+    totals: Counter[str] = Counter()
+    cases: Counter[str] = Counter()
+    for result in run_metrics(paths):
+        totals[result.status] += 1
+        for outcome in ("passed", "failed", "accepted", "skipped"):
+            cases[outcome] += getattr(result, outcome)
+        status = click.style(result.status.ljust(7), fg=_COLOURS[result.status])
+        click.echo(f"{status}  {result.path.name}  {_cases_text(result)}")
+        for difference in result.differences[:_FIRST] if verbose else ():
+            click.echo(f"         {difference}")
+    files = ", ".join(f"{totals[status]} {status}" for status in _COLOURS)
+    counted = [outcome for outcome in cases if cases[outcome]]
+    counts = ", ".join(f"{cases[outcome]} {outcome}" for outcome in counted)
+    click.echo(f"files: {files}. cases: {counts}.")
+    if totals["failed"]:
+        raise click.exceptions.Exit(1)
+
+
+def _cases_text(result: FileResult) -> str:
+    """How many cases went how, and why some were not simply passed."""
+    total = result.passed + result.failed + result.accepted + result.skipped
+    parts = [f"{result.passed} of {total} cases"]
+    parts += [
+        f"{count} {word}"
+        for word, count in (("failed", result.failed), ("skipped", result.skipped))
+        if count
+    ]
+    if result.accepted:
+        parts.append(f"{result.accepted} differ for a listed reason")
+    text = ", ".join(parts)
+    return f"{text}: {'; '.join(result.reasons)}" if result.reasons else text

@@ -1,6 +1,7 @@
 """The golden runner and `sah-bench verify maskers`."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -188,3 +189,67 @@ def test_the_command_exits_with_1_if_any_failed(write, tmp_path):
     result = CliRunner().invoke(main, ["verify", "maskers", str(tmp_path)])
     assert result.exit_code == 1
     assert "0 passed" in result.output
+
+
+class TestMetrics:
+    @pytest.fixture
+    def case_file(self, tmp_path):
+        def write(name="a", metric="longbench_qa_f1", **case):
+            full = {"id": "1", "prediction": "x", "references": ["x"], "expected": 1.0, **case}
+            path = tmp_path / f"{name}.json"
+            path.write_text(json.dumps({"metric": metric, "tolerance": 1e-6, "public": [full]}))
+            return path
+
+        return write
+
+    def run(self, *arguments):
+        return CliRunner().invoke(main, ["verify", "metrics", *map(str, arguments)])
+
+    def test_a_line_per_file_and_totals(self, case_file, tmp_path):
+        case_file("good")
+        case_file("unknown", metric="best_of_all")
+        (tmp_path / "other.json").write_text("[1]")
+        result = self.run(tmp_path)
+        assert result.exit_code == 0
+        assert result.output == (
+            "passed   good.json  1 of 1 cases\n"
+            "skipped  unknown.json  0 of 1 cases, 1 skipped: metric best_of_all is not installed\n"
+            "files: 1 passed, 0 failed, 1 skipped. cases: 1 passed, 1 skipped.\n"
+        )
+
+    def test_a_difference_fails_and_is_shown_when_asked(self, case_file):
+        path = case_file(expected=0.5)
+        assert self.run(path).exit_code == 1
+        assert "expected 0.5" not in self.run(path).output
+        assert "1: expected 0.5, got 1.0 for 'x'" in self.run("-v", path).output
+
+    def test_what_a_metric_raises_fails_the_case(self, case_file):
+        assert "raised AttributeError" in self.run("-v", case_file(prediction=3)).output
+
+    def test_a_listed_difference_passes_with_its_reason(self, case_file):
+        text = " ".join(f"w{i}" for i in range(1200))
+        path = case_file(metric="longbench_rouge", prediction=text, references=[text], expected=0.0)
+        result = self.run(path)
+        assert result.exit_code == 0
+        assert "1 differ for a listed reason: the official ROUGE hits" in result.output
+        worse = case_file(
+            metric="longbench_rouge", prediction=text, references=[text], expected=0.5
+        )
+        assert self.run(worse).exit_code == 1
+
+    def test_a_missing_library_skips_with_the_command(self, case_file, monkeypatch):
+        monkeypatch.setitem(sys.modules, "jieba", None)
+        path = case_file(metric="longbench_qa_f1_zh", prediction="北京", references=["北京"])
+        result = self.run(path)
+        assert result.exit_code == 0
+        assert "needs the package jieba: pip install" in result.output
+
+    @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"metric": "x"}'])
+    def test_what_is_no_golden_file_is_one_line(self, tmp_path, content):
+        path = tmp_path / "x.json"
+        if content is not None:
+            path.write_text(content)
+        result = self.run(path)
+        assert result.exit_code == 2
+        assert "is no golden metric file" in result.output
+        assert "holds no golden metric file" in self.run(tmp_path).output

@@ -5,7 +5,7 @@ import sys
 import attrs
 import pytest
 
-from sah_core.benchmark import Benchmark, Example, Protocol, ScoredExample, mean
+from sah_core.benchmark import Benchmark, Example, Protocol, ScoredExample, mean, spread
 
 pytestmark = pytest.mark.unit
 
@@ -87,3 +87,71 @@ def test_importing_the_module_loads_neither_torch_nor_transformers():
     code = "import sys, sah_core.benchmark; print({'torch', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "set()", result.stderr
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 65, 500])
+@pytest.mark.parametrize("seed", [0, 1, 42])
+def test_a_spread_is_distinct_ascending_and_holds_the_smaller_ones(count, seed):
+    smaller = set()
+    for size in range(count + 2):
+        chosen = spread(count, size, seed)
+        assert len(chosen) == len(set(chosen)) == min(size, count)
+        assert chosen == sorted(chosen)
+        assert all(0 <= position < count for position in chosen)
+        assert smaller <= set(chosen)
+        smaller = set(chosen)
+
+
+def test_a_spread_reaches_every_part_of_the_task():
+    for seed in range(20):
+        chosen = spread(1000, 8, seed)
+        gaps = [after - before for before, after in zip(chosen, chosen[1:], strict=False)]
+        assert max(gaps) <= 130
+    assert len({tuple(spread(1000, 2, seed)) for seed in range(20)}) == 20
+
+
+class Rows(Benchmark):
+    name = "rows"
+    main_score = "accuracy"
+    protocol = Protocol(chat=False, version="3")
+
+    def load(self, task):
+        for index in range(5):
+            yield Example(
+                id=str(index),
+                context_id="c",
+                context="long",
+                question="?",
+                references=("yes",),
+                max_new_tokens=1,
+                task=task,
+            )
+
+    def score(self, example, prediction):
+        return {"accuracy": 100.0 * (prediction in example.references)}
+
+
+def test_load_and_score_make_a_benchmark():
+    rows = Rows()
+    assert rows.tasks() == ("rows",)
+    assert rows.revision() == "rows-3"
+    [example, *_] = rows.examples("rows", None, 0)
+    assert rows.gold(example) == "yes"
+    assert rows.score(example.without_context(), "yes") == {"accuracy": 100.0}
+    assert (rows.count("rows"), rows.info("rows"), rows.follow_up(example, "x")) == (None,) * 3
+    assert rows.generation_for("rows") == {}
+
+
+def test_examples_at_positions_are_made_no_further_than_needed():
+    made = []
+
+    class Counting(Rows):
+        def load(self, task):
+            for example in super().load(task):
+                made.append(example.id)
+                yield example
+
+    chosen = Counting().examples_at("rows", None, 0, [0, 2])
+    assert [example.id for example in chosen] == ["0", "2"]
+    assert made == ["0", "1", "2"]
+    assert list(Counting().examples_at("rows", None, 0, [])) == []

@@ -53,6 +53,15 @@ MESSAGES = {
         "pipeline 'sink(': found the end of the text at column 6, expected a value."
     ),
     errors.PipelineError("two\nlines"): "two lines",
+    errors.MissingLibraryError("metric x", "jieba", "benchmarks"): (
+        "metric x needs the package jieba: pip install 'sparse-attention-hub[benchmarks]'"
+    ),
+    errors.MissingLibraryError("metric x", "rare"): (
+        "metric x needs the package rare: pip install rare"
+    ),
+    errors.DataError("longbench trec", "a.jsonl", "no column 'input'.\nit has x"): (
+        "longbench trec: a.jsonl: no column 'input'. it has x"
+    ),
     errors.ExperimentError("a.yaml", "models[0]", "unknown key 'x'"): (
         "a.yaml: models[0]: unknown key 'x'"
     ),

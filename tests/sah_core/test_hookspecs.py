@@ -17,6 +17,7 @@ KINDS = {
     "adapter": hookspecs.AdapterSpec,
     "backend": hookspecs.BackendSpec,
     "benchmark": hookspecs.BenchmarkSpec,
+    "scorer": hookspecs.ScorerSpec,
     "metric": hookspecs.MetricSpec,
     "model": hookspecs.ModelSpec,
     "objective": hookspecs.ObjectiveSpec,

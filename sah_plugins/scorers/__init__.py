@@ -1,0 +1,1 @@
+"""Scorers, one module per family of metrics, named as registered."""
