@@ -48,7 +48,8 @@ def started(
     """A cache that holds the context, and a session whose states know it."""
     kv_cache = compat.make_cache(model, ids.shape[1] + 64)
     name = compat.cache_argument(type(model).forward)
-    model(input_ids=ids, use_cache=True, **{name: kv_cache})
+    for piece in ids.split(256, dim=1):  # float32 prefill of a whole long context has no kernel
+        model(input_ids=piece, use_cache=True, **{name: kv_cache})
     session = Session(pipeline, compat.layer_types(model))
     calls = {
         layer: Inputs(
