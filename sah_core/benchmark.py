@@ -62,6 +62,8 @@ class DataSource:
     ``data/passkey.jsonl``, or ``data.zip::data/trec.jsonl`` inside an archive."""
     columns: tuple[str, ...]
     """The columns that every row must have; more do no harm."""
+    nested: tuple[str, ...] = ()
+    """Those of them that hold lists or mappings: JSON text in a CSV file."""
 
 
 @attrs.frozen(kw_only=True)
@@ -287,6 +289,28 @@ class Benchmark:
                 finished are absent.
         """
         return {}
+
+    def data_of(self, task: str) -> Mapping[str, Any] | None:
+        """Read all data of ``task`` and say ``place``, ``revision`` and number of ``rows``.
+
+        Returns:
+            None for a task without outside data.
+
+        Raises:
+            DataError: the data is missing, empty or not what it should be.
+        """
+        return None
+
+    def fetch_data(self, task: str, folder: Path) -> Path | None:
+        """Copy the data of ``task`` from the hub into ``folder``, as a ``data_dir`` has it.
+
+        Returns:
+            The file; None for a task without outside data.
+
+        Raises:
+            DataError: the hub does not give it.
+        """
+        return None
 
     def revision(self) -> str:
         """Return what identifies the data: a hub revision, a hash, a generator's version.
