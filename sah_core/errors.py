@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 
 __all__ = [
+    "ArtifactError",
     "BrokenPluginError",
     "ContextTooLongError",
     "DataError",
@@ -281,6 +282,22 @@ class ExperimentError(SahError, ValueError):
     def __str__(self) -> str:
         place = f"{self.path}: {self.where}" if self.where else f"{self.path}"
         return one_line(f"{place}: {self.message}")
+
+
+@attrs.define
+class ArtifactError(SahError, ValueError):
+    """A file that a masker needs is missing, damaged, or made for another model.
+
+    Attributes:
+        path: the file.
+        reason: what is wrong with it, and what to do.
+    """
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return one_line(f"artefact {self.path!r}: {self.reason}")
 
 
 @attrs.define

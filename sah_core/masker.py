@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import attrs
@@ -9,10 +12,9 @@ import attrs
 from sah_core.parameters import Size, from_plain, specs
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
+    from sah_core.artifacts import ConvertTool, ModelTool
     from sah_core.inputs import Inputs
     from sah_core.mask import Mask
     from sah_core.pipeline import Pipeline
@@ -62,10 +64,19 @@ class Masker:
 
     The state hooks are optional. ``append`` sees every key once, in order, in any chunking, before
     `add_mask` sees it; ``end_prefill`` is called once, when the context is complete.
+
+    Attributes:
+        name: The registered name.
+        capabilities: What the method declares about itself.
+        artifact_tools: What makes the files that the method needs, by the verb of
+            ``sah-bench artifacts`` (``calibrate``, ``train``, ``convert``).
     """
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities] = Capabilities()
+    artifact_tools: ClassVar[Mapping[str, type[ModelTool] | type[ConvertTool]]] = MappingProxyType(
+        {}
+    )
 
     def add_mask(self, inputs: Inputs, previous: Mask) -> Mask:
         """Add what this method selects to what is already selected.
@@ -113,6 +124,30 @@ class Masker:
             inputs: The attention call, with this step's state.
         """
         return 0
+
+    def artifacts(self) -> Mapping[str, Path]:
+        """The files that the selection depends on, by a name that says what each is.
+
+        Their content is part of what a result is. The default names every parameter that is
+        declared with ``param(artifact=True)`` and set; a masker that holds other maskers adds
+        theirs.
+        """
+        values = {s.name: getattr(self, s.name) for s in specs(type(self)) if s.artifact}
+        return {name: Path(value).expanduser() for name, value in values.items() if value}
+
+    def check_artifacts(self) -> None:
+        """Raise what is wrong with the files, as far as it shows without a model.
+
+        Called before a run starts. The default requires that each can be opened; a masker that
+        reads more of them says more.
+
+        Raises:
+            ArtifactError: If a file is missing or damaged.
+        """
+        from sah_core.artifacts import require_file
+
+        for path in self.artifacts().values():
+            require_file(path)
 
     def after_attention(self, state: Any, inputs: Inputs, mask: Mask, lse: Tensor | None) -> None:
         """Feedback after the attention was computed (accumulated scores of the eviction family)."""

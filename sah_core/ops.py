@@ -326,6 +326,221 @@ class Ops:
         scores = scores.view(batch, kv_heads, group, query_len, low.shape[2])
         return scores.amax(dim=2) if reduction == "max" else scores.flatten(1, 2)
 
+    def label_update(
+        self,
+        labels: Tensor,
+        affine: Tensor | None,
+        key: Tensor,
+        channels: Tensor,
+        start: int | Tensor,
+        bits: int,
+    ) -> None:
+        """Write the labels of new keys, in place: some channels of each, rounded key by key
+        (Double Sparsity, section 3.2).
+
+        Args:
+            labels: With 16 bits ``(batch, label_heads, capacity, channels)`` in the type of the
+                keys, else the codes of `pack_codes` in fields of `code_width(bits)` bits, int32
+                ``(batch, label_heads, capacity, words)``. ``label_heads`` is the number of query
+                heads or of KV heads.
+            affine: Step and minimum of each label in the type of the keys, ``(batch, label_heads,
+                capacity, 2)``: code c stands for ``c * step + minimum``. None with 16 bits.
+            key: New keys ``(batch, kv_heads, new, head_dim)``.
+            channels: The channels that a label holds, int64 ``(label_heads, channels)``.
+            start: Key index of the first of them; an int32 tensor ``(1,)`` under graph capture,
+                where ``new`` is 1.
+            bits: Bits per channel, 1 to 16.
+        """
+        chosen = _channels_of(key, channels)
+        if bits == 16:
+            _write(labels, chosen, start)
+            return
+        assert affine is not None
+        codes, scale = quantise(chosen, bits)
+        _write(labels, pack_codes(codes, code_width(bits)), start)
+        _write(affine, scale, start)
+
+    def label_scores(
+        self,
+        query: Tensor,
+        channels: Tensor,
+        labels: Tensor,
+        affine: Tensor | None,
+        bits: int,
+        scaling: float,
+        kv_heads: int,
+        reduction: str = "none",
+    ) -> Tensor:
+        """Scores from labels: ``scaling * sum_j q_j k_j`` over the channels that a label holds,
+        the query rounded like the keys.
+
+        Args:
+            query: ``(batch, heads, query_len, head_dim)``.
+            channels: int64 ``(label_heads, channels)``, as given to `label_update`.
+            labels: What `label_update` wrote, cut to the keys that count.
+            affine: Likewise; None with 16 bits.
+            bits: Bits per channel, 1 to 16.
+            scaling: Factor on the sum.
+            kv_heads: KV heads, of which the query heads form groups.
+            reduction: How the query heads of a group share their scores: none, sum, mean or max.
+
+        Returns:
+            float32 ``(batch, heads, query_len, key_len)``, or ``(batch, kv_heads, query_len,
+            key_len)`` when reduced.
+        """
+        batch, heads, query_len, _ = query.shape
+        rows = _channels_of(query, channels).float()
+        if bits < 16:
+            assert affine is not None
+            rows = round_to_bits(rows, bits)
+            codes = unpack_codes(labels, code_width(bits), channels.shape[1])
+            step, least = affine.float().unbind(-1)
+            values = codes.float() * step.unsqueeze(-1) + least.unsqueeze(-1)
+        else:
+            values = labels.float()
+        rows = rows * scaling
+        if reduction in ("sum", "mean") and values.shape[1] == kv_heads:
+            # linear in the query: the heads that share labels are added up first
+            rows = rows.unflatten(1, (kv_heads, -1)).sum(2)
+            rows = rows / (heads // kv_heads) if reduction == "mean" else rows
+            return rows @ values.transpose(2, 3)
+        rows = rows.reshape(batch, values.shape[1], -1, rows.shape[-1])
+        scores = (rows @ values.transpose(2, 3)).view(batch, heads, query_len, -1)
+        return reduce_groups(scores, kv_heads, reduction)
+
+    def pack_signs(self, values: Tensor) -> Tensor:
+        """Signatures: one bit per value, set where it is above 0.
+
+        Args:
+            values: ``(..., bits)``.
+
+        Returns:
+            int32 ``(..., ceil(bits / 32))``: bit b is bit ``b % 32`` of word ``b // 32``; bits past
+            the last are 0.
+        """
+        return pack_codes((values > 0).to(torch.int32), 1)
+
+    def hamming_scores(
+        self, query: Tensor, key: Tensor, bits: int, kv_heads: int, reduction: str = "none"
+    ) -> Tensor:
+        """How many bits of two signatures agree.
+
+        Args:
+            query: `pack_signs` of the queries, int32 ``(batch, heads, query_len, words)``.
+            key: `pack_signs` of the keys, int32 ``(batch, heads | kv_heads, key_len, words)``.
+            bits: Bits per signature.
+            kv_heads: KV heads, of which the query heads form groups.
+            reduction: How the query heads of a group share their scores: none, sum, mean or max.
+
+        Returns:
+            float32 ``(batch, heads, query_len, key_len)``, or ``(batch, kv_heads, query_len,
+            key_len)`` when reduced.
+        """
+        batch, heads, query_len, words = query.shape
+        rows = query.reshape(batch, key.shape[1], -1, words)
+        differ = torch.zeros((), dtype=torch.int32, device=query.device)
+        for word in range(words):
+            differ = differ + popcount(rows[..., word, None] ^ key[..., None, :, word])
+        scores = (bits - differ).float().view(batch, heads, query_len, key.shape[2])
+        return reduce_groups(scores, kv_heads, reduction)
+
+
+def reduce_groups(scores: Tensor, kv_heads: int, reduction: str) -> Tensor:
+    """Scores ``(batch, heads, query_len, keys)`` as the query heads of each KV group share them."""
+    if reduction == "none":
+        return scores
+    grouped = scores.unflatten(1, (kv_heads, -1))
+    if reduction == "max":
+        return grouped.amax(dim=2)
+    return grouped.sum(dim=2) if reduction == "sum" else grouped.mean(dim=2)
+
+
+def code_width(bits: int) -> int:
+    """Bits that a code of ``bits`` bits takes when packed: 1, 2, 4, 8 or 16."""
+    return 1 << (bits - 1).bit_length()
+
+
+def code_words(count: int, width: int) -> int:
+    """32-bit words that ``count`` codes of ``width`` bits take."""
+    return -(-count * width // 32)
+
+
+def pack_codes(codes: Tensor, width: int) -> Tensor:
+    """Pack non-negative integers into words.
+
+    Args:
+        codes: int32 ``(..., count)``, each below ``2**width``.
+        width: Bits per code: 1, 2, 4, 8 or 16.
+
+    Returns:
+        int32 ``(..., words)``; code j is in word ``j * width // 32`` from bit ``j * width % 32`` on,
+        and fields past the last code are 0.
+    """
+    per_word = 32 // width
+    missing = -codes.shape[-1] % per_word
+    if missing:
+        codes = torch.nn.functional.pad(codes, (0, missing))
+    shift = torch.arange(per_word, dtype=torch.int32, device=codes.device) * width
+    # fields do not overlap, so that the sum is their union
+    return (codes.unflatten(-1, (-1, per_word)) << shift).sum(-1, dtype=torch.int32)
+
+
+def unpack_codes(words: Tensor, width: int, count: int) -> Tensor:
+    """Undo `pack_codes`: int32 ``(..., count)``."""
+    shift = torch.arange(32 // width, dtype=torch.int32, device=words.device) * width
+    codes = (words.unsqueeze(-1) >> shift) & ((1 << width) - 1)
+    return codes.flatten(-2)[..., :count]
+
+
+def popcount(words: Tensor) -> Tensor:
+    """Set bits of int32 words, int32 (Warren: Hacker's Delight, section 5-1)."""
+    words = words - ((words >> 1) & 0x55555555)
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F
+    words = words + (words >> 8)
+    return (words + (words >> 16)) & 0x3F
+
+
+def quantise(tensor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round each vector of the last dimension to ``2**bits`` levels, kept as codes.
+
+    Args:
+        tensor: ``(..., channels)``.
+        bits: Bits per channel.
+
+    Returns:
+        Codes, int32 ``(..., channels)``, and step and minimum in the type of ``tensor``, ``(...,
+        2)``. The step is rounded to that type before codes are taken, so that ``code * step +
+        minimum`` is as near as the type allows.
+    """
+    low, high = tensor.amin(-1, keepdim=True), tensor.amax(-1, keepdim=True)
+    step = ((high.float() - low.float()) / (2**bits - 1)).to(tensor.dtype)
+    step = torch.where(step > 0, step, 1.0)
+    codes = torch.round((tensor.float() - low.float()) / step.float()).clamp(0, 2**bits - 1)
+    return codes.to(torch.int32), torch.cat([step, low], dim=-1)
+
+
+def _channels_of(tensor: Tensor, channels: Tensor) -> Tensor:
+    """The channels of each head, ``(batch, heads, rows, channels)``; the more numerous of tensor
+    heads and channel lists says how many heads.
+    """
+    batch, heads, rows, head_dim = tensor.shape
+    lists, count = channels.shape
+    if lists < heads:
+        channels = channels.repeat_interleave(heads // lists, dim=0)
+    share = max(1, lists // heads)
+    index = channels.view(1, heads, share, 1, count).expand(batch, -1, -1, rows, -1)
+    spread = tensor.unsqueeze(2).expand(-1, -1, share, -1, -1)
+    return spread.gather(4, index).flatten(1, 2)
+
+
+def _write(buffer: Tensor, rows: Tensor, start: int | Tensor) -> None:
+    """Write rows along dimension 2; a start on the device stays there."""
+    if isinstance(start, int):
+        buffer[:, :, start : start + rows.shape[2]] = rows
+    else:
+        buffer.index_copy_(2, start.long(), rows)
+
 
 def round_to_bits(tensor: Tensor, bits: int) -> Tensor:
     """Round each vector of the last dimension to ``2**bits`` levels from its minimum to its

@@ -107,6 +107,7 @@ class ParameterSpec:
         search: where a tuning run looks; None keeps the parameter out of searches.
         location: whether it only says where something lies, such as a folder of data, so that it
             is no part of what a result is.
+        artifact: the value is the path of a file that the results depend on.
     """
 
     name: str = ""
@@ -120,6 +121,7 @@ class ParameterSpec:
     unit: str | None = None
     search: Search | None = None
     location: bool = False
+    artifact: bool = False
 
     @property
     def required(self) -> bool:
@@ -288,6 +290,7 @@ def param(
     unit: str | None = None,
     search: Search | None = None,
     location: bool = False,
+    artifact: bool = False,
 ) -> Any:
     """Declares one parameter of an attrs class.
 
@@ -305,6 +308,8 @@ def param(
         search: where a tuning run looks.
         location: the parameter only says where something lies; what lies there is identified by
             its content.
+        artifact: the value is the path of a file: one that must exist before a run starts, and
+            whose content is part of what a result is.
 
     Returns:
         An attrs field that converts and checks its value, on construction and in ``attrs.evolve``.
@@ -322,6 +327,7 @@ def param(
         unit=unit,
         search=search,
         location=location,
+        artifact=artifact,
     )
     if spec.element not in _CONVERT or type is types.NoneType:
         raise TypeError(

@@ -5,14 +5,17 @@ A case is a safetensors file. Its tensors are ``query`` ``(batch, heads, query_l
 key_len)`` bool (True = may be attended), and what is expected: ``probability`` ``(batch, heads,
 query_len, key_len)`` and ``output`` ``(batch, heads, query_len, value_dim)``. Its metadata names
 the ``pipeline`` (JSON: maskers and their parameters), the ``scaling`` and the layer, ``layer_idx``.
-The masker ``given`` stands for the tensor of that name: a literal mask.
+The masker ``given`` stands for the tensor of that name: a literal mask. Where the metadata holds
+``sorted_channels``, it is the channel file of ``double_sparsity`` as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import attrs
@@ -79,6 +82,7 @@ class Case:
         pipeline: Names and parameters of the maskers, in order, as the file has them.
         scaling: Factor on ``q . k``.
         layer: The layer that the case plays.
+        channels: The channel file of double sparsity, JSON text; empty in other cases.
         tensors: By name.
     """
 
@@ -87,6 +91,7 @@ class Case:
     pipeline: tuple[tuple[str, dict[str, Any]], ...]
     scaling: float
     layer: int
+    channels: str
     tensors: dict[str, Tensor]
 
     @classmethod
@@ -109,6 +114,7 @@ class Case:
                 pipeline=tuple((step["masker"], dict(step["params"])) for step in steps),
                 scaling=float(metadata["scaling"]),
                 layer=int(metadata.get("layer_idx", 0)),
+                channels=metadata.get("sorted_channels", ""),
                 tensors=tensors,
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -139,7 +145,7 @@ class Case:
             scaling=self.scaling,
             key_len=key_len,
             layer=self.layer,
-            layer_count=self.layer + 1,
+            layer_count=1 + max([self.layer, *self.channel_layers()]),
             phase=phase,
             ops=backend.ops,
         )
@@ -152,7 +158,18 @@ class Case:
         """
         if [name for name, _ in self.pipeline] == [GIVEN]:
             return Mask.from_dense(self.tensors[GIVEN])
-        return build_mask(tuple(_masker(*step) for step in self.pipeline), inputs)
+        with TemporaryDirectory() as folder:
+            files = {}
+            if self.channels:
+                file = Path(folder) / f"{self.name}.json"
+                file.write_text(self.channels, encoding="utf-8")
+                files["sorted_channel_file"] = str(file)
+            steps = tuple(_masker(name, params, files) for name, params in self.pipeline)
+            return build_mask(steps, inputs)
+
+    def channel_layers(self) -> list[int]:
+        """The layers that the channel file has, as its names say."""
+        return [int(layer) for layer in re.findall(r'layers\.(\d+)\.[^"]*":', self.channels)]
 
 
 def run_maskers(
@@ -252,10 +269,10 @@ def _run(case: Case, name: str) -> tuple[Status, str]:
     return "passed", ""
 
 
-def _masker(name: str, params: dict[str, Any]) -> Masker:
+def _masker(name: str, params: dict[str, Any], files: dict[str, str]) -> Masker:
     cls = registry.maskers[_registered(name)]
     declared = {spec.name for spec in specs(cls)}
-    defaults = {key: value for key, value in DEFAULTS.items() if key in declared}
+    defaults = {key: value for key, value in {**DEFAULTS, **files}.items() if key in declared}
     # A default of the case's format need not be declared; a parameter that is no default must be.
     stated = {k: v for k, v in params.items() if k in declared or DEFAULTS.get(k) != v}
     return from_plain(cls, {**defaults, **stated})

@@ -13,12 +13,10 @@ Differs from no paper: it is a definition. Reads every key once per query; keeps
 from typing import ClassVar
 
 import attrs
-import torch
+from torch import Tensor
 
 from sah_core import Inputs, Mask, Masker, Search, Size, hookimpl, param
-
-SCORE_BYTES = 64 * 2**20
-"""Scores held at once: more query rows than fit are scored in pieces."""
+from sah_core.choosing import add_best
 
 
 @attrs.frozen(kw_only=True)
@@ -37,32 +35,11 @@ class OracleTopK(Masker):
 
     def add_mask(self, inputs: Inputs, previous: Mask) -> Mask:
         """Add the best keys that ``previous`` does not hold yet."""
-        budget = inputs.budget(self.heavy_size)
-        if not budget.capacity or previous.is_full:
-            return previous
-        row_bytes = 4 * inputs.batch * inputs.heads * inputs.capacity
-        step = max(1, SCORE_BYTES // row_bytes)
-        parts = []
-        for begin in range(0, inputs.query_len, step):
-            end = min(begin + step, inputs.query_len)
-            part = inputs if step >= inputs.query_len else inputs.rows(begin, end)
-            scores = inputs.ops.logits(part.query, part.key, part.scaling, part.softcap)
-            if part.allowed.keep is not None:
-                scores = scores.masked_fill(~part.allowed.keep, float("-inf"))
-            taken = previous.rows(begin, end)
-            if taken.selected is not None or taken.dense is not None:
-                scores = taken.exclude_from(scores)
-            indices, _ = inputs.ops.masked_topk(
-                scores,
-                budget.capacity,
-                count=budget.count,
-                start=part.allowed.start,
-                stop=part.allowed.stop,
-                taken=taken.ranges,
-            )
-            parts.append(indices)
-        indices = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        return previous.union(Mask.from_indices(inputs.shape, indices), disjoint=True)
+
+        def score(part: Inputs) -> Tensor:
+            return inputs.ops.logits(part.query, part.key, part.scaling, part.softcap)
+
+        return add_best(inputs, previous, self.heavy_size, score)
 
     def bytes_read(self, inputs: Inputs) -> int:
         """Every key."""

@@ -1,0 +1,1 @@
+"""What tools that make artefacts share; no plugins in here."""
