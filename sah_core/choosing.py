@@ -25,9 +25,7 @@ SCORE_BYTES = 64 * 2**20
 """Scores held at once: more query rows than fit are scored in pieces."""
 
 
-def add_best(
-    inputs: Inputs, previous: Mask, size: Size, score: Callable[[Inputs], Tensor]
-) -> Mask:
+def add_best(inputs: Inputs, previous: Mask, size: Size, score: Callable[[Inputs], Tensor]) -> Mask:
     """Add the ``size`` best keys of each row that may be attended and are not selected yet.
 
     Of equal scores the lower index wins.

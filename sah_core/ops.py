@@ -401,9 +401,9 @@ class Ops:
         rows = rows * scaling
         if reduction in ("sum", "mean") and values.shape[1] == kv_heads:
             # linear in the query: the heads that share labels are added up first
-            rows = rows.unflatten(1, (kv_heads, -1)).sum(2)
+            rows = rows.view(batch, kv_heads, -1, query_len, rows.shape[3]).sum(dim=2)
             rows = rows / (heads // kv_heads) if reduction == "mean" else rows
-            return rows @ values.transpose(2, 3)
+            return torch.matmul(rows, values.transpose(2, 3))
         rows = rows.reshape(batch, values.shape[1], -1, rows.shape[-1])
         scores = (rows @ values.transpose(2, 3)).view(batch, heads, query_len, -1)
         return reduce_groups(scores, kv_heads, reduction)
@@ -449,7 +449,8 @@ def reduce_groups(scores: Tensor, kv_heads: int, reduction: str) -> Tensor:
     """Scores ``(batch, heads, query_len, keys)`` as the query heads of each KV group share them."""
     if reduction == "none":
         return scores
-    grouped = scores.unflatten(1, (kv_heads, -1))
+    batch, heads, query_len, keys = scores.shape
+    grouped = scores.view(batch, kv_heads, heads // kv_heads, query_len, keys)
     if reduction == "max":
         return grouped.amax(dim=2)
     return grouped.sum(dim=2) if reduction == "sum" else grouped.mean(dim=2)
@@ -473,8 +474,8 @@ def pack_codes(codes: Tensor, width: int) -> Tensor:
         width: Bits per code: 1, 2, 4, 8 or 16.
 
     Returns:
-        int32 ``(..., words)``; code j is in word ``j * width // 32`` from bit ``j * width % 32`` on,
-        and fields past the last code are 0.
+        int32 ``(..., words)``; code j is in word ``j * width // 32`` from bit ``j * width % 32``
+        on, and fields past the last code are 0.
     """
     per_word = 32 // width
     missing = -codes.shape[-1] % per_word
@@ -482,7 +483,8 @@ def pack_codes(codes: Tensor, width: int) -> Tensor:
         codes = torch.nn.functional.pad(codes, (0, missing))
     shift = torch.arange(per_word, dtype=torch.int32, device=codes.device) * width
     # fields do not overlap, so that the sum is their union
-    return (codes.unflatten(-1, (-1, per_word)) << shift).sum(-1, dtype=torch.int32)
+    fields = codes.reshape(*codes.shape[:-1], -1, per_word)
+    return (fields << shift).sum(-1, dtype=torch.int32)
 
 
 def unpack_codes(words: Tensor, width: int, count: int) -> Tensor:

@@ -66,6 +66,9 @@ MESSAGES = {
         "a.yaml: models[0]: unknown key 'x'"
     ),
     errors.ExperimentError("a.yaml", "", "empty file"): "a.yaml: empty file",
+    errors.ArtifactError("w.pkl", "it is cut short.\nmake it again."): (
+        "artefact 'w.pkl': it is cut short. make it again."
+    ),
     errors.ModelNotFoundError("m", "no such folder", "pip install m"): (
         "model 'm' not found: no such folder. pip install m"
     ),

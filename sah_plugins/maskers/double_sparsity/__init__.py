@@ -145,7 +145,7 @@ class DoubleSparsity(Masker):
             for layer in range(MODEL.layers)
         }
         write_channels(path, {"qk_proj": orders}, {})
-        return cls(heavy_size=8, sorted_channel_file=str(path), group_factor=4)
+        return cls(heavy_size=Size(tokens=8), sorted_channel_file=str(path), group_factor=4)
 
     def check_artifacts(self) -> None:
         """The channel file can be read and holds channels of the selection."""

@@ -151,7 +151,9 @@ def _order(path: Path, name: str, value: Any) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(str(path), f"{name} is no table of integers; {_MAKE}") from error
     if order.dtype.is_floating_point or order.dtype == torch.bool or order.dim() != 2:
-        raise ArtifactError(str(path), f"{name} is no table of integers, heads by channels; {_MAKE}")
+        raise ArtifactError(
+            str(path), f"{name} is no table of integers, heads by channels; {_MAKE}"
+        )
     order = order.long()
     wanted = torch.arange(order.shape[1]).expand_as(order)
     wrong = (order.sort(dim=1).values != wanted).any(dim=1)
