@@ -6,6 +6,7 @@ Nothing heavy is imported here: ``sah-bench --help`` costs Python, click and thi
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -13,7 +14,7 @@ from typing import IO, Any
 
 import click
 
-from .options import DEBUG, debug_option
+from .options import DEBUG, PLUGIN_FILES, debug_option, load_plugin_files, plugin_option
 
 COMMANDS = {
     "run": ("run", "Run models x pipelines x benchmarks and compare them."),
@@ -26,6 +27,8 @@ COMMANDS = {
 
 The line stands here because click imports every subcommand to ask it for its help.
 """
+
+_PLUGIN_SETTINGS = ("SAH_DISABLE_PLUGINS", "SAH_LOAD_PLUGINS")
 
 FAULT = 1
 BAD_INPUT = 2
@@ -122,8 +125,38 @@ def _report(error: Exception) -> int:
     return FAULT
 
 
+def _warn_of_unknown_settings() -> None:
+    """Say which names in the environment fit no plugin: a slip there would go unnoticed."""
+    if not any(os.environ.get(variable) for variable in _PLUGIN_SETTINGS):
+        return
+    from sah_core import registry
+
+    for variable, item in registry.unknown_settings():
+        click.echo(f"warning: {variable} names {item!r}, which fits no plugin.", err=True)
+
+
+def _refuse_unusable_plugins() -> None:
+    from sah_core import registry
+    from sah_core.errors import UnusablePluginsError
+
+    found = registry.problems()
+    if found:
+        raise UnusablePluginsError(tuple((p.kind, p.id, p.state, p.reason) for p in found))
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="sparse-attention-hub", message="sah-bench %(version)s")
+@plugin_option
+@click.option(
+    "--strict-plugins",
+    is_flag=True,
+    help="Import all plugins and stop if any is broken, in conflict or incompatible.",
+)
 @debug_option
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context, strict_plugins: bool) -> None:
     """Compare sparse-attention methods on language models and benchmarks."""
+    load_plugin_files(ctx.meta.get(PLUGIN_FILES, ()))
+    _warn_of_unknown_settings()
+    if strict_plugins:
+        _refuse_unusable_plugins()

@@ -12,6 +12,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEBUG = "sah_bench.debug"
 """Key in ``ctx.meta`` under which the whole command line knows that tracebacks are wanted."""
 
+PLUGIN_FILES = "sah_bench.plugin_files"
+"""Key in ``ctx.meta`` for the plugin files that stand before the subcommand, not loaded yet."""
+
 
 def _remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
@@ -27,5 +30,38 @@ def debug_option(function: F) -> F:
         is_eager=True,
         callback=_remember,
         help="Show tracebacks of errors.",
+    )
+    return option(function)
+
+
+def _load_or_remember(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    if ctx.parent is None:
+        # what loading raises is shown as one line only once the group runs
+        ctx.meta[PLUGIN_FILES] = value
+        return
+    load_plugin_files(value)
+
+
+def load_plugin_files(paths: tuple[str, ...]) -> None:
+    """Load plugins from files, so that the rest of the command finds them by name."""
+    from sah_core import registry
+
+    for path in paths:
+        registry.load_file(path)
+
+
+def plugin_option(function: F) -> F:
+    """Add ``--plugin FILE.py``, before or after the name of the subcommand."""
+    option = click.option(
+        "--plugin",
+        "plugin_files",
+        multiple=True,
+        metavar="FILE.py",
+        expose_value=False,
+        is_eager=True,
+        callback=_load_or_remember,
+        help="Load plugins from a file without a package; may be repeated.",
     )
     return option(function)

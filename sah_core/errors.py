@@ -16,6 +16,7 @@ __all__ = [
     "ContextTooLongError",
     "DataError",
     "ExperimentError",
+    "IncompatiblePluginError",
     "MissingLibraryError",
     "MissingParameterError",
     "ModelNotFoundError",
@@ -25,11 +26,13 @@ __all__ = [
     "PipelineSyntaxError",
     "PluginConflictError",
     "PluginDisabledError",
+    "PluginFileError",
     "RequestError",
     "SahError",
     "UnknownParameterError",
     "UnknownPluginError",
     "UnsupportedError",
+    "UnusablePluginsError",
     "nearest_names",
     "one_line",
     "short_repr",
@@ -136,13 +139,21 @@ class PluginConflictError(SahError):
         kind: the kind in the singular.
         name: the registered name.
         distributions: the distributions that register it, sorted.
+        path: the file that was being loaded, if it was one.
     """
 
     kind: str
     name: str
     distributions: tuple[str, ...]
+    path: str = ""
 
     def __str__(self) -> str:
+        if self.path:
+            return (
+                f"{self.path}: {self.kind} {self.name!r} is registered by "
+                f"{self.distributions[0]!r} already. rename the class, or set "
+                f"SAH_DISABLE_PLUGINS={self.distributions[0]}:{self.name}."
+            )
         owners = " and ".join(repr(owner) for owner in self.distributions)
         choices = " or ".join(repr(f"{owner}:{self.name}") for owner in self.distributions)
         return f"{self.kind} {self.name!r} is registered by {owners}. choose one: {choices}."
@@ -150,21 +161,82 @@ class PluginConflictError(SahError):
 
 @attrs.define
 class PluginDisabledError(SahError):
-    """The plugin is blocked by the environment variable ``SAH_DISABLE_PLUGINS``.
+    """The environment keeps the plugin out: ``SAH_DISABLE_PLUGINS`` or ``SAH_LOAD_PLUGINS``.
 
     Attributes:
         kind: the kind in the singular.
         name: the registered name.
+        reason: which variable, and how.
     """
 
     kind: str
     name: str
+    reason: str = "SAH_DISABLE_PLUGINS names it"
 
     def __str__(self) -> str:
         return (
-            f"{self.kind} {self.name!r} is disabled. "
-            "take its name out of the environment variable SAH_DISABLE_PLUGINS to use it."
+            f"{self.kind} {self.name!r} is disabled: the environment variable {self.reason}. "
+            "change the variable to use it."
         )
+
+
+@attrs.define
+class IncompatiblePluginError(SahError):
+    """The distribution of a plugin requires another version of this project.
+
+    Attributes:
+        kind: the kind in the singular.
+        name: the registered name.
+        distribution: the distribution that ships it.
+        version: its version.
+        reason: what it requires and what is installed.
+    """
+
+    kind: str
+    name: str
+    distribution: str
+    version: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind} {self.name!r} of distribution {self.distribution!r} {self.version} "
+            f"cannot be used: {self.reason}. upgrade the one or the other."
+        )
+
+
+@attrs.define
+class PluginFileError(SahError):
+    """A file cannot be loaded as a plugin.
+
+    Attributes:
+        path: the file.
+        reason: what is wrong with it.
+    """
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return one_line(f"cannot load the plugin file {self.path!r}: {self.reason.rstrip('.')}.")
+
+
+@attrs.define
+class UnusablePluginsError(SahError):
+    """Plugins are installed that cannot be used, and that is not to be.
+
+    Attributes:
+        plugins: per plugin its kind, its qualified name, its state and the reason.
+    """
+
+    plugins: tuple[tuple[str, str, str, str], ...]
+
+    def __str__(self) -> str:
+        listed = "; ".join(
+            f"{kind} {name} is {'in ' if state == 'conflict' else ''}{state} ({reason})"
+            for kind, name, state, reason in self.plugins
+        )
+        return one_line(f"not all plugins can be used: {listed}. see 'sah-bench plugins list'.")
 
 
 @attrs.define

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar, cast
 
@@ -12,26 +13,30 @@ import attrs
 import pluggy
 
 from . import hookspecs
+from .discovery import (
+    DISABLE_VARIABLE,
+    DISTRIBUTION,
+    LOAD_VARIABLE,
+    Setting,
+    missed_requirement,
+    normalised,
+    trace,
+)
 from .errors import (
     BrokenPluginError,
+    IncompatiblePluginError,
     PluginConflictError,
     PluginDisabledError,
+    SahError,
     UnknownPluginError,
     nearest_names,
 )
 
-__all__ = ["DISABLE_VARIABLE", "Kind", "PluginEntry"]
+__all__ = ["Kind", "PluginEntry"]
 
 T = TypeVar("T")
 
-DISABLE_VARIABLE = "SAH_DISABLE_PLUGINS"
-
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
-
-
-def normalised(distribution: str) -> str:
-    """The one spelling under which package indexes know a distribution."""
-    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 @attrs.frozen(kw_only=True)
@@ -41,11 +46,14 @@ class PluginEntry:
     Attributes:
         kind: the kind in the singular, such as ``masker``.
         name: the registered name.
-        distribution: the distribution that ships it; ``local`` for one registered in this process.
-        version: the distribution's version; empty for a local one.
-        entry_point: the entry point's value; for a local plugin, what was registered.
-        state: ``ok``, ``disabled``, ``conflict``, or after a check ``broken``.
-        reason: why it is broken, on one line.
+        distribution: the distribution that ships it; ``local`` for one registered in this process,
+            the file's name for one that `Registry.load_file` loaded.
+        version: the distribution's version; empty without one.
+        entry_point: the entry point's value; for a local plugin, what was registered; the file's
+            path for one from a file.
+        state: ``ok``, ``disabled``, ``conflict``, ``incompatible``, or after a check ``broken``.
+        reason: why it is not ok, on one line.
+        checked: whether it was imported; otherwise ``ok`` is what the metadata say.
     """
 
     kind: str
@@ -55,6 +63,12 @@ class PluginEntry:
     entry_point: str
     state: str = "ok"
     reason: str = ""
+    checked: bool = False
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether its name alone or its `id` leads to it, as far as was checked."""
+        return self.state in ("ok", "conflict")
 
     @property
     def id(self) -> str:
@@ -68,7 +82,13 @@ class _Plugin:
 
     entry: PluginEntry
     load: Callable[[], object]
+    barred: tuple[str, str] = ("", "")
     value: Any = None
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether nothing known without importing it speaks against it."""
+        return not self.barred[0]
 
 
 class Kind(Generic[T]):
@@ -102,16 +122,16 @@ class Kind(Generic[T]):
 
         Raises:
             UnknownPluginError: no plugin has this name.
-            PluginDisabledError: ``SAH_DISABLE_PLUGINS`` names it.
+            PluginDisabledError: ``SAH_DISABLE_PLUGINS`` names it, or ``SAH_LOAD_PLUGINS`` is set
+                and does not.
+            IncompatiblePluginError: its distribution requires another version of this project.
             PluginConflictError: several distributions have it.
             BrokenPluginError: it cannot be loaded.
         """
         return self._value(self._choose(name))
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and any(
-            plugin.entry.state != "disabled" for plugin in self._matching(name)
-        )
+        return isinstance(name, str) and any(plugin.is_usable for plugin in self._matching(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -121,7 +141,7 @@ class Kind(Generic[T]):
 
     def names(self) -> tuple[str, ...]:
         """The names that can be used, sorted; nothing is imported."""
-        return tuple(sorted({e.name for e in self.entries() if e.state != "disabled"}))
+        return tuple(sorted({entry.name for entry in self.entries() if entry.is_usable}))
 
     def entries(self) -> tuple[PluginEntry, ...]:
         """Every plugin found, disabled ones included, sorted; nothing is imported."""
@@ -132,6 +152,17 @@ class Kind(Generic[T]):
         """What is known about one plugin; raises as ``kind[name]`` does, but imports nothing."""
         return self._choose(name).entry
 
+    def entry_of(self, name: str, distribution: str) -> PluginEntry:
+        """What is known about the plugin of one distribution, whatever its state.
+
+        Raises:
+            UnknownPluginError: if there is none.
+        """
+        found = self._matching(f"{distribution}:{name}")
+        if not found:
+            raise UnknownPluginError(self.singular, f"{distribution}:{name}")
+        return found[0].entry
+
     def check(self, name: str) -> PluginEntry:
         """Imports one plugin and says how that went.
 
@@ -139,20 +170,20 @@ class Kind(Generic[T]):
             name: a registered name, or ``distribution:name``.
 
         Returns:
-            Its entry: ``ok``, ``broken`` with the reason, ``conflict`` or ``disabled``.
+            Its entry with its state, and the reason if it is not ``ok``.
 
         Raises:
             UnknownPluginError: no plugin has this name.
         """
         try:
             plugin = self._choose(name)
-        except (PluginConflictError, PluginDisabledError):
+        except (PluginConflictError, PluginDisabledError, IncompatiblePluginError):
             return self._matching(name)[0].entry
         try:
             self._value(plugin)
         except BrokenPluginError as error:
-            return attrs.evolve(plugin.entry, state="broken", reason=error.reason)
-        return plugin.entry
+            return attrs.evolve(plugin.entry, state="broken", reason=error.reason, checked=True)
+        return attrs.evolve(plugin.entry, checked=True)
 
     def name_of(self, value: object) -> str:
         """The name by which ``kind[name]`` finds `value`: its own ``name``, qualified if need be.
@@ -160,7 +191,7 @@ class Kind(Generic[T]):
         A class that is not registered keeps its own name.
         """
         name = str(getattr(value, "name", None) or getattr(value, "__name__", value))
-        usable = [p for p in self._matching(name) if p.entry.state != "disabled"]
+        usable = [p for p in self._matching(name) if p.is_usable]
         for plugin in usable if len(usable) > 1 else ():
             try:
                 if self._value(plugin) is value:
@@ -169,13 +200,22 @@ class Kind(Generic[T]):
                 continue
         return name
 
-    def register(self, name: str, plugin: object, distribution: str = "local") -> None:
+    def register(
+        self,
+        name: str,
+        plugin: object,
+        distribution: str = "local",
+        entry_point: str | None = None,
+    ) -> None:
         """Adds a plugin of this process, without an entry point.
+
+        ``SAH_LOAD_PLUGINS`` does not keep it out; ``SAH_DISABLE_PLUGINS`` does.
 
         Args:
             name: the name to register; lower-case letters, digits, hyphens and dots.
             plugin: the class itself (or the factory), or a module or instance with the hook.
             distribution: the name of its origin.
+            entry_point: what `PluginEntry.entry_point` shows; the plugin's own name by default.
 
         Raises:
             ValueError: if `name` is no such name.
@@ -192,9 +232,10 @@ class Kind(Generic[T]):
             name=name,
             distribution=distribution,
             version="",
-            entry_point=getattr(plugin, "__qualname__", None) or repr(plugin),
+            entry_point=entry_point or getattr(plugin, "__qualname__", None) or repr(plugin),
         )
-        self._add(_Plugin(entry, lambda: self._carrier(plugin)))
+        barred = _disabled(name, distribution)
+        self._add(_Plugin(entry, lambda: self._carrier(plugin), barred))
 
     def unregister(self, name: str, distribution: str = "local") -> None:
         """Takes out a plugin that `register` added.
@@ -214,6 +255,7 @@ class Kind(Generic[T]):
     def _plugins(self) -> dict[str, list[_Plugin]]:
         if self._known is None:
             self._known = {}
+            missed = functools.cache(missed_requirement)
             for point in self._find(self.group):
                 entry = PluginEntry(
                     kind=self.singular,
@@ -222,13 +264,16 @@ class Kind(Generic[T]):
                     version=point.dist.version if point.dist else "",
                     entry_point=point.value,
                 )
-                self._add(_Plugin(entry, point.load))
+                barred = _disabled(entry.name, entry.distribution, installed=True)
+                reason = "" if barred[0] or point.dist is None else missed(point.dist)
+                if reason:
+                    barred = ("incompatible", reason)
+                self._add(_Plugin(entry, point.load, barred))
         return self._known
 
     def _add(self, plugin: _Plugin) -> None:
         name = plugin.entry.name
-        blocked = {part.strip() for part in os.environ.get(DISABLE_VARIABLE, "").split(",")}
-        if name in blocked or plugin.entry.id in blocked:
+        if not plugin.is_usable:
             self._manager.set_blocked(plugin.entry.id)
         self._plugins().setdefault(name, []).append(plugin)
         self._mark(name)
@@ -236,11 +281,15 @@ class Kind(Generic[T]):
     def _mark(self, name: str) -> None:
         """Brings the states of the plugins of one name up to date."""
         plugins = self._plugins()[name]
-        blocked = [self._manager.is_blocked(plugin.entry.id) for plugin in plugins]
-        usable_state = "conflict" if blocked.count(False) > 1 else "ok"
-        for plugin, is_blocked in zip(plugins, blocked, strict=True):
-            state = "disabled" if is_blocked else usable_state
-            plugin.entry = attrs.evolve(plugin.entry, state=state)
+        usable = [plugin for plugin in plugins if plugin.is_usable]
+        for plugin in plugins:
+            state, reason = plugin.barred
+            others = [p.entry.distribution for p in usable if p is not plugin]
+            if plugin.is_usable and others:
+                state = "conflict"
+                owners = " and ".join(repr(owner) for owner in sorted(others))
+                reason = f"{owners} has this name too: write {plugin.entry.id!r}"
+            plugin.entry = attrs.evolve(plugin.entry, state=state or "ok", reason=reason)
 
     def _matching(self, name: str) -> list[_Plugin]:
         distribution, colon, bare = name.rpartition(":")
@@ -255,27 +304,42 @@ class Kind(Generic[T]):
         if not plugins:
             bare = str(name).rpartition(":")[2]
             raise UnknownPluginError(self.singular, name, nearest_names(bare, self.names()))
-        usable = [plugin for plugin in plugins if plugin.entry.state != "disabled"]
+        usable = [plugin for plugin in plugins if plugin.is_usable]
         if not usable:
-            raise PluginDisabledError(self.singular, name)
+            raise self._barred(plugins, name)
         if len(usable) > 1:
             owners = tuple(sorted(plugin.entry.distribution for plugin in usable))
             raise PluginConflictError(self.singular, name, owners)
         return usable[0]
 
+    def _barred(self, plugins: list[_Plugin], name: str) -> SahError:
+        """The error that says why none of the plugins of a name can be used."""
+        for plugin in plugins:
+            entry = plugin.entry
+            if entry.state == "incompatible":
+                return IncompatiblePluginError(
+                    entry.kind, entry.name, entry.distribution, entry.version, entry.reason
+                )
+        return PluginDisabledError(self.singular, name, plugins[0].entry.reason)
+
     def _value(self, plugin: _Plugin) -> T:
         if plugin.value is None:
             entry = plugin.entry
+            origin = f"{entry.kind} {entry.id} ({entry.entry_point})"
+            begin = time.perf_counter()
             try:
                 plugin.value = self._load(plugin)
+                trace(f"loaded {origin} in {1000 * (time.perf_counter() - begin):.1f} ms")
             except (Exception, SystemExit) as error:
                 # Foreign code: whatever it raises, only this plugin is unusable.
                 if self._manager.has_plugin(entry.id):
                     self._manager.unregister(name=entry.id)
                 cause = str(error) if isinstance(error, _Unfit) else error
-                raise BrokenPluginError(
+                broken = BrokenPluginError(
                     entry.kind, entry.name, entry.distribution, entry.entry_point, cause
-                ) from error
+                )
+                trace(f"{origin} is broken: {broken.reason}")
+                raise broken from error
         return cast(T, plugin.value)
 
     def _load(self, plugin: _Plugin) -> object:
@@ -303,6 +367,18 @@ class Kind(Generic[T]):
         carrier = _Carrier()
         setattr(carrier, self.hook, hookspecs.hookimpl(lambda: plugin))
         return carrier
+
+
+def _disabled(name: str, distribution: str, *, installed: bool = False) -> tuple[str, str]:
+    """``disabled`` and why, if the environment keeps a plugin out; else two empty texts."""
+    if Setting.read(DISABLE_VARIABLE).names(name, distribution):
+        return "disabled", f"{DISABLE_VARIABLE} names it"
+    wanted = Setting.read(LOAD_VARIABLE)
+    if installed and wanted.items is not None and normalised(distribution) != DISTRIBUTION:
+        if wanted.names(name, distribution):
+            return "", ""
+        return "disabled", f"{LOAD_VARIABLE} does not name it"
+    return "", ""
 
 
 class _Carrier:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import attrs
 
-from sah_core.parameters import Size, from_plain, specs
+from sah_core.parameters import Size, check_names, from_plain, specs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,6 +77,12 @@ class Masker:
     artifact_tools: ClassVar[Mapping[str, type[ModelTool] | type[ConvertTool]]] = MappingProxyType(
         {}
     )
+
+    def __new__(cls, *args: object, **parameters: object) -> Self:
+        """Refuse a parameter that is not declared, before attrs does so without a hint."""
+        if parameters:
+            check_names(cls, parameters)
+        return super().__new__(cls)
 
     def add_mask(self, inputs: Inputs, previous: Mask) -> Mask:
         """Add what this method selects to what is already selected.

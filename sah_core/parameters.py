@@ -13,7 +13,7 @@ data and back, a JSON Schema and the search space of a tuning run.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_origin
 
 import attrs
@@ -378,16 +378,31 @@ def from_plain(cls: type[T], values: Mapping[str, Any]) -> T:
     """
     declared = {spec.name: spec for spec in specs(cls)}
     owner = owner_name(cls)
+    _check_names(owner, values, declared)
+    for name, spec in declared.items():
+        if spec.required and name not in values:
+            raise MissingParameterError(owner, name, None, spec.allowed)
+    return cls(**values)
+
+
+def check_names(cls: type, values: Mapping[str, Any]) -> None:
+    """Refuses keyword arguments that no field of an attrs class takes.
+
+    Raises:
+        UnknownParameterError: naming the nearest fields.
+    """
+    if attrs.has(cls):
+        taken = [field.alias for field in attrs.fields(cls) if field.init]
+        _check_names(owner_name(cls), values, [alias for alias in taken if alias])
+
+
+def _check_names(owner: str, values: Mapping[str, Any], declared: Collection[str]) -> None:
     for name in values:
         if name not in declared:
             expected = f"one of {', '.join(declared)}" if declared else "no parameters at all"
             raise UnknownParameterError(
                 owner, name, values[name], expected, nearest_names(str(name), declared)
             )
-    for name, spec in declared.items():
-        if spec.required and name not in values:
-            raise MissingParameterError(owner, name, None, spec.allowed)
-    return cls(**values)
 
 
 def json_schema(cls: type) -> dict[str, Any]:

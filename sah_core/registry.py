@@ -7,17 +7,29 @@ fails to import raises an error that names it and leaves all others usable.
 
     registry.maskers.names()
     registry.maskers["quest"](heavy_size=0.05)
+    registry.load_file("my_masker.py")  # a plugin without a package
+
+What the environment says, read when a kind is first looked at; items between commas are plugin
+names, distribution names or ``distribution:name``:
+
+* ``SAH_DISABLE_PLUGINS``: these are listed as disabled and cannot be used.
+* ``SAH_LOAD_PLUGINS``: of the installed plugins only these can be used, and those of this project,
+  which need not be named; the others are listed as disabled. Set but empty: no others. Plugins that
+  a program registers or loads from a file are not concerned.
+* ``SAH_TRACE_PLUGINS=1``: a line on stderr for every plugin that is loaded, with the time it took.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import hookspecs
-from .kind import DISABLE_VARIABLE, Kind, PluginEntry, normalised
+from .discovery import DISABLE_VARIABLE, LOAD_VARIABLE, Setting, all_entry_points
+from .kind import Kind, PluginEntry
 
 if TYPE_CHECKING:
     from .backend import Backend
@@ -25,9 +37,7 @@ if TYPE_CHECKING:
     from .masker import Masker
     from .scorer import Scorer
 
-__all__ = ["DISABLE_VARIABLE", "Kind", "PluginEntry", "Registry", "registry"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["Kind", "PluginEntry", "Registry", "registry"]
 
 
 class Registry:
@@ -49,6 +59,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._points: importlib.metadata.EntryPoints | None = None
+        self._files: dict[Path, tuple[PluginEntry, ...]] = {}
         self.maskers: Kind[type[Masker]] = self._kind("masker", hookspecs.MaskerSpec)
         self.adapters: Kind[type[Any]] = self._kind("adapter", hookspecs.AdapterSpec)
         self.backends: Kind[type[Backend]] = self._kind("backend", hookspecs.BackendSpec)
@@ -78,34 +89,64 @@ class Registry:
         """Every plugin of every kind; nothing is imported."""
         return tuple(entry for kind in self.kinds() for entry in kind.entries())
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that were loaded, which another process must load to have the same plugins."""
+        return tuple(self._files)
+
+    def load_file(self, path: str | os.PathLike[str]) -> tuple[PluginEntry, ...]:
+        """Loads plugins from a Python file that belongs to no package.
+
+        The file implements hooks as the module of an entry point does, at most one per kind, and
+        each plugin is named as its class is. Its distribution is the name of the file. Loading a
+        file again does nothing.
+
+        Args:
+            path: the file.
+
+        Returns:
+            What was registered.
+
+        Raises:
+            PluginFileError: the file cannot be read or imported, or holds no plugin.
+            PluginConflictError: a plugin that can be used has one of the names already.
+        """
+        from . import plugin_files
+
+        full = Path(path).expanduser().resolve()
+        if full not in self._files:
+            self._files[full] = plugin_files.load(full, self.kinds())
+        return self._files[full]
+
+    def unknown_settings(self) -> tuple[tuple[str, str], ...]:
+        """Names in ``SAH_DISABLE_PLUGINS`` and ``SAH_LOAD_PLUGINS`` that fit no plugin."""
+        settings = (Setting.read(DISABLE_VARIABLE), Setting.read(LOAD_VARIABLE))
+        if not any(setting.items for setting in settings):
+            return ()
+        known = self.entries()
+        return tuple(
+            (setting.variable, item)
+            for setting in settings
+            for item in setting.items or ()
+            if not any(
+                Setting("", (item,)).names(entry.name, entry.distribution) for entry in known
+            )
+        )
+
+    def problems(self) -> tuple[PluginEntry, ...]:
+        """Every plugin that is broken, in conflict or incompatible; imports all that can be."""
+        checked = [kind.check(entry.id) for kind in self.kinds() for entry in kind.entries()]
+        marked = [entry for entry in self.entries() if entry.state == "conflict"]
+        broken = [entry for entry in checked if entry.state in ("broken", "incompatible")]
+        return (*broken, *marked)
+
     def _kind(self, singular: str, spec: type) -> Kind[Any]:
         return Kind(singular, spec, self._find)
 
     def _find(self, group: str) -> list[importlib.metadata.EntryPoint]:
         if self._points is None:
-            self._points = _all_entry_points()
+            self._points = all_entry_points()
         return list(self._points.select(group=group))
-
-
-def _all_entry_points() -> importlib.metadata.EntryPoints:
-    try:
-        return cast(importlib.metadata.EntryPoints, importlib.metadata.entry_points())
-    except Exception:
-        # One malformed entry_points.txt anywhere makes the function above raise.
-        return importlib.metadata.EntryPoints(_readable_entry_points())
-
-
-def _readable_entry_points() -> Iterator[importlib.metadata.EntryPoint]:
-    seen = set()
-    for distribution in importlib.metadata.distributions():
-        name = normalised(distribution.name or "")
-        if name in seen:
-            continue
-        seen.add(name)
-        try:
-            yield from distribution.entry_points
-        except Exception as error:
-            _log.warning("the entry points of distribution %r are unreadable: %s", name, error)
 
 
 registry = Registry()

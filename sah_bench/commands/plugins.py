@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from typing import Any
 
 import attrs
@@ -13,10 +14,13 @@ from sah_core import registry
 from sah_core.errors import UnknownPluginError, nearest_names, one_line
 from sah_core.registry import Kind, PluginEntry
 
-from ..options import debug_option
+from ..options import debug_option, plugin_option
+
+_PAPER = re.compile(r"arXiv:?\s*\d{4}\.\d{4,5}|doi:?\s*10\.\S+|https?://\S+", re.IGNORECASE)
 
 
 @click.group()
+@plugin_option
 @debug_option
 def plugins() -> None:
     """List the plugins that are installed, or describe one."""
@@ -26,12 +30,15 @@ def plugins() -> None:
 @click.argument("kind", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--check", is_flag=True, help="Import every plugin and show which are broken.")
+@plugin_option
 @debug_option
 def list_plugins(kind: str | None, as_json: bool, check: bool) -> None:
     """List all plugins, or those of one KIND such as maskers.
 
-    Reads package metadata only, so a plugin that is shown as ok may still fail to import: --check
-    imports each.
+    States: ok; disabled by SAH_DISABLE_PLUGINS or SAH_LOAD_PLUGINS; conflict, where several
+    distributions have one name; incompatible, where a distribution requires another version of this
+    one; broken. Package metadata do not show what is broken, so a plugin that is shown as ok may
+    still fail to import: --check imports each. With it the exit code is 1 unless all can be used.
     """
     chosen = registry.kinds() if kind is None else (_kind(kind),)
     entries = [entry for one in chosen for entry in one.entries()]
@@ -41,7 +48,9 @@ def list_plugins(kind: str | None, as_json: bool, check: bool) -> None:
         click.echo(json.dumps([attrs.asdict(entry) for entry in entries], indent=2))
     else:
         _print_entries(entries)
-    if any(entry.state == "broken" for entry in entries):
+        if entries and not check:
+            click.echo("nothing was imported to tell these states. --check imports every plugin.")
+    if check and any(entry.state not in ("ok", "disabled") for entry in entries):
         raise click.exceptions.Exit(1)
 
 
@@ -49,6 +58,7 @@ def list_plugins(kind: str | None, as_json: bool, check: bool) -> None:
 @click.argument("name")
 @click.option("--kind", help="The kind, where a name is of several kinds.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with a JSON Schema.")
+@plugin_option
 @debug_option
 def show_plugin(name: str, kind: str | None, as_json: bool) -> None:
     """Describe the plugin NAME: what it is, its parameters, where it comes from."""
@@ -87,8 +97,11 @@ def _knows(kind: Kind[Any], name: str) -> bool:
 
 
 def _checked(entry: PluginEntry) -> PluginEntry:
+    """The entry after an import; a conflict stays one, since the name alone leads nowhere."""
     checked = _kind(entry.kind).check(entry.id)
-    return attrs.evolve(entry, state="broken", reason=checked.reason) if checked.reason else entry
+    if entry.state == "conflict" and checked.state != "broken":
+        return attrs.evolve(entry, checked=checked.checked)
+    return checked
 
 
 def _print_entries(entries: list[PluginEntry]) -> None:
@@ -120,8 +133,11 @@ def _facts(kind: Kind[Any], name: str) -> dict[str, Any]:
         "distribution": entry.distribution,
         "version": entry.version,
         "entry_point": entry.entry_point,
+        "id": entry.id,
         "summary": _summary(plugin),
         "description": _module_docstring(plugin),
+        "docstring": (inspect.getdoc(plugin) or "").strip(),
+        "papers": _papers(_module_docstring(plugin)),
         "parameters": [
             {
                 "name": spec.name,
@@ -150,6 +166,13 @@ def _module_docstring(plugin: Any) -> str:
     return (inspect.getdoc(inspect.getmodule(plugin)) or "").strip()
 
 
+def _papers(text: str) -> list[str]:
+    """The arXiv ids, DOIs and links that a docstring names."""
+    return list(
+        dict.fromkeys(" ".join(found.split()).rstrip(".,;)") for found in _PAPER.findall(text))
+    )
+
+
 def _capabilities(plugin: Any) -> list[str]:
     """What a masker declares about itself, in words; empty for other kinds."""
     declared = getattr(plugin, "capabilities", None)
@@ -170,6 +193,12 @@ def _print_facts(facts: dict[str, Any]) -> None:
     click.echo(f"{facts['name']} ({facts['kind']}, {origin}, {facts['entry_point']})")
     click.echo()
     click.echo(facts["description"] or facts["summary"] or "No description.")
+    if facts["description"] and facts["docstring"]:
+        click.echo()
+        click.echo(facts["docstring"].partition("\n\nAttributes:")[0])
+    if facts["papers"]:
+        click.echo()
+        click.echo(f"Papers: {', '.join(facts['papers'])}.")
     if facts["capabilities"]:
         click.echo()
         click.echo(f"Declares: {'; '.join(facts['capabilities'])}.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import debug_option
+from ..options import debug_option, plugin_option
 
 if TYPE_CHECKING:
     import torch
@@ -89,6 +89,7 @@ _INTEGERS, _NAMES = _Listed(int), _Listed(str)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder for JSON and plot.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of tables.")
 @click.option("--no-plot", is_flag=True, help="Draw no plot.")
+@plugin_option
 @debug_option
 def profile(
     pipelines: tuple[str, ...],

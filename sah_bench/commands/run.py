@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ..options import debug_option
+from ..options import debug_option, plugin_option
 
 
 @click.command()
@@ -29,6 +29,7 @@ from ..options import debug_option
 @click.option("--dry-run", is_flag=True, help="Show what would run and what is there already.")
 @click.option("--no-progress", is_flag=True, help="Show no progress.")
 @click.option("--rerun-failed", is_flag=True, help="Try cells again that failed before.")
+@plugin_option
 @debug_option
 def run(
     experiment: str | None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..options import debug_option
+from ..options import debug_option, plugin_option
 
 if TYPE_CHECKING:
     from sah_core.testing.golden_metrics import FileResult
@@ -19,6 +19,7 @@ _COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 
 
 @click.group()
+@plugin_option
 @debug_option
 def verify() -> None:
     """Check plugins against expected results."""
@@ -28,6 +29,7 @@ def verify() -> None:
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--backend", "backends", multiple=True, help="Only this backend; may be repeated.")
 @click.option("--device", default="cpu", show_default=True, help="Where the cases run.")
+@plugin_option
 @debug_option
 def maskers(paths: tuple[str, ...], backends: tuple[str, ...], device: str) -> None:
     """Check maskers and backends on golden cases: files, or folders that hold some.
@@ -51,6 +53,7 @@ def maskers(paths: tuple[str, ...], backends: tuple[str, ...], device: str) -> N
 @verify.command("metrics")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("-v", "--verbose", is_flag=True, help="Show the first cases that differ.")
+@plugin_option
 @debug_option
 def metrics(paths: tuple[str, ...], verbose: bool) -> None:
     """Check metrics on golden cases: JSON files, or folders that hold some.

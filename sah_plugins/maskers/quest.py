@@ -120,7 +120,7 @@ class Quest(Masker):
     @classmethod
     def example(cls, folder: Path) -> Self:
         """Small pages, of which the checks' calls hold many."""
-        return cls(heavy_size=16, page_size=4)
+        return cls(heavy_size=Size(tokens=16), page_size=4)
 
     def init_state(self, layer: LayerInfo) -> PageBounds:
         """Room for the bounds of every page of the key buffer."""

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from sah_bench import cli
+from sah_core import registry
 from sah_core.errors import ModelNotFoundError
 
 pytestmark = pytest.mark.unit
@@ -182,11 +183,108 @@ def test_check_shows_what_is_broken_and_the_rest_goes_on(command, tmp_path):
     assert checked.returncode == 1
     assert re.search(r"^  worse +broken +bad 2.0 +ModuleNotFoundError", text, re.MULTILINE)
     assert re.search(r"^  sink +ok", text, re.MULTILINE)
+    strict = command("--strict-plugins", "env")
+    _, stderr = strict.communicate(timeout=60)
+    assert strict.returncode == 2
+    assert stderr.startswith(
+        "error: not all plugins can be used: masker bad:worse is broken (ModuleNotFoundError"
+    )
+    assert stderr.count("\n") == 1
     used = command("run", "--pipeline", "worse", "--model", "m", "--benchmark", "quiz")
     _, stderr = used.communicate(timeout=60)
     assert used.returncode == 2
     assert stderr.startswith("error: --pipeline: masker 'worse' of distribution 'bad'")
     assert stderr.count("\n") == 1
+
+
+def test_list_says_that_nothing_was_imported():
+    assert "nothing was imported to tell these states" in invoke("plugins", "list").output
+    [entry] = [
+        entry
+        for entry in json.loads(invoke("plugins", "list", "maskers", "--json").output)
+        if entry["name"] == "sink"
+    ]
+    assert (entry["state"], entry["checked"]) == ("ok", False)
+
+
+@pytest.mark.integration
+def test_an_incompatible_package_is_listed_and_refused(command, tmp_path):
+    info = tmp_path / "site" / "old-2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: old\nVersion: 2.0\n"
+        "Requires-Dist: sparse-attention-hub<0.0.1\n"
+    )
+    (info / "entry_points.txt").write_text("[sah.maskers]\nancient = old_module_absent\n")
+    listed = command("plugins", "list", "maskers")
+    text, _ = listed.communicate(timeout=60)
+    line = r"^  ancient +incompatible +old 2.0 +it requires sparse-attention-hub<0.0.1, but"
+    assert re.search(line, text, re.MULTILINE)
+    used = command("run", "--pipeline", "ancient", "--model", "m", "--benchmark", "quiz")
+    _, stderr = used.communicate(timeout=60)
+    assert used.returncode == 2
+    assert "'ancient' of distribution 'old' 2.0 cannot be used: it requires" in stderr
+    assert stderr.count("\n") == 1
+
+
+PLUGIN = """
+'''Takes every key, see arXiv 1234.56789.'''
+import attrs
+from sah_core import Mask, Masker, hookimpl, param
+
+@attrs.frozen(kw_only=True)
+class Everything(Masker):
+    '''Select all keys.'''
+    name = "everything"
+    size: int = param(3, minimum=1, help="Nothing.")
+
+    def add_mask(self, inputs, previous):
+        return Mask.full(inputs.shape)
+
+@hookimpl
+def sah_masker():
+    return Everything
+"""
+
+
+@pytest.fixture
+def plugin_file(tmp_path):
+    """A file with the masker ``everything``, gone from the registry afterwards."""
+    path = tmp_path / "every.py"
+    path.write_text(PLUGIN)
+    yield path
+    if "everything" in registry.maskers:
+        registry.maskers.unregister("everything", "every.py")
+    registry._files.pop(path, None)
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_a_plugin_file_is_loaded_before_and_behind_the_command(plugin_file, place):
+    option = ["--plugin", str(plugin_file)]
+    words = ["plugins", "show", "everything"]
+    result = invoke(*option, *words) if place == "before" else invoke(*words, *option)
+    assert result.exit_code == 0, result.stderr
+    assert f"everything (masker, every.py, {plugin_file})" in result.output
+    assert "Papers: arXiv 1234.56789." in result.output
+    assert "size (int, default 3)" in result.output
+    assert "Select all keys." in result.output
+
+
+@pytest.mark.parametrize("words", [["run"], ["profile"], ["verify"], ["verify", "maskers"]])
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_a_plugin_file_that_is_absent_is_bad_input(words, place):
+    option = ["--plugin", "absent.py"]
+    result = invoke(*option, *words, "x") if place == "before" else invoke(*words, *option, "x")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: cannot load the plugin file")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_name_in_the_environment_that_fits_nothing_is_a_warning(monkeypatch):
+    monkeypatch.setenv("SAH_DISABLE_PLUGINS", "snik,quest")
+    result = invoke("plugins", "list", "maskers")
+    assert result.stderr == "warning: SAH_DISABLE_PLUGINS names 'snik', which fits no plugin.\n"
+    assert result.exit_code == 0
 
 
 def test_show_prints_parameters_and_paper():

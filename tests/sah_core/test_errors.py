@@ -23,8 +23,31 @@ MESSAGES = {
         "masker 'sink' is registered by 'a' and 'b'. choose one: 'a:sink' or 'b:sink'."
     ),
     errors.PluginDisabledError("masker", "sink"): (
-        "masker 'sink' is disabled. "
-        "take its name out of the environment variable SAH_DISABLE_PLUGINS to use it."
+        "masker 'sink' is disabled: the environment variable SAH_DISABLE_PLUGINS names it. "
+        "change the variable to use it."
+    ),
+    errors.PluginDisabledError("masker", "sink", "SAH_LOAD_PLUGINS does not name it"): (
+        "masker 'sink' is disabled: the environment variable SAH_LOAD_PLUGINS does not name it. "
+        "change the variable to use it."
+    ),
+    errors.PluginConflictError("masker", "sink", ("a", "b.py"), "/x/b.py"): (
+        "/x/b.py: masker 'sink' is registered by 'a' already. rename the class, or set "
+        "SAH_DISABLE_PLUGINS=a:sink."
+    ),
+    errors.IncompatiblePluginError(
+        "masker", "zig", "zig-pkg", "1.2", "it requires sparse-attention-hub>=9, but 0.1.0 is there"
+    ): (
+        "masker 'zig' of distribution 'zig-pkg' 1.2 cannot be used: it requires "
+        "sparse-attention-hub>=9, but 0.1.0 is there. upgrade the one or the other."
+    ),
+    errors.PluginFileError("/x/b.py", "there is no such file"): (
+        "cannot load the plugin file '/x/b.py': there is no such file."
+    ),
+    errors.UnusablePluginsError(
+        (("masker", "a:x", "broken", "ImportError: y"), ("masker", "b:z", "conflict", "twice"))
+    ): (
+        "not all plugins can be used: masker a:x is broken (ImportError: y); "
+        "masker b:z is in conflict (twice). see 'sah-bench plugins list'."
     ),
     errors.ParameterError(
         "sink", "sink_size", -3, "an integer >= 0 (tokens) or a fraction in (0, 1]"

@@ -1,15 +1,22 @@
 """Discovery, lazy loading and isolation of plugins, with fake distributions on the path."""
 
+import importlib.metadata
+import inspect
+import pickle
+import re
 import subprocess
 import sys
 import textwrap
 
 import pytest
 
+from sah_core.discovery import DISTRIBUTION
 from sah_core.errors import (
     BrokenPluginError,
+    IncompatiblePluginError,
     PluginConflictError,
     PluginDisabledError,
+    PluginFileError,
     UnknownPluginError,
 )
 from sah_core.hookspecs import hookimpl
@@ -35,10 +42,11 @@ def install(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     modules = []
 
-    def add(distribution, points, sources=None, group="sah.maskers", version="1.2"):
+    def add(distribution, points, sources=None, group="sah.maskers", version="1.2", requires=()):
         folder = tmp_path / f"{distribution.replace('-', '_')}-{version}.dist-info"
         folder.mkdir()
         metadata = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+        metadata += "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
         (folder / "METADATA").write_text(metadata)
         lines = [f"{name} = {value}" for name, value in points.items()]
         (folder / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]) + "\n")
@@ -240,6 +248,270 @@ class TestConflicts:
             "disabled",
             "ok",
         ]
+
+
+def states(registry):
+    return {e.id: (e.state, e.reason) for e in registry.maskers.entries() if e.name == "zigzag"}
+
+
+class TestVersions:
+    INSTALLED = importlib.metadata.version(DISTRIBUTION)
+
+    @pytest.mark.parametrize(
+        "requires",
+        [
+            [f"sparse-attention-hub>={INSTALLED}"],
+            ["Sparse_Attention.Hub>=0.0.1"],
+            ["sparse-attention-hub"],
+            ["torch>=99", "sparse-attention-hubs>=99"],
+            ["sparse-attention-hub>=99; extra == 'next'"],
+            ["sparse-attention-hub>=99; python_version < '3'"],
+            ["sparse-attention-hub>=?"],
+        ],
+    )
+    def test_a_requirement_that_is_met_or_does_not_apply_is_fine(self, install, requires):
+        install("zig-pkg", {"zigzag": "fake_zigzag"}, {"fake_zigzag": GOOD}, requires=requires)
+        assert Registry().maskers["zigzag"].name == "zigzag"
+
+    def test_a_requirement_that_is_missed_is_seen_without_an_import(self, install):
+        install("zig-pkg", {"zigzag": "gone"}, requires=["torch", "sparse-attention-hub >=9, <10"])
+        registry = Registry()
+        reason = f"it requires sparse-attention-hub<10,>=9, but {self.INSTALLED} is installed"
+        assert states(registry) == {"zig-pkg:zigzag": ("incompatible", reason)}
+        assert registry.maskers.check("zigzag").state == "incompatible"
+        assert "zigzag" not in registry.maskers
+        assert "zigzag" not in registry.maskers.names()
+        for name in ("zigzag", "zig-pkg:zigzag"):
+            with pytest.raises(IncompatiblePluginError) as caught:
+                registry.maskers[name]
+            assert reason in str(caught.value)
+            assert "'zig-pkg' 1.2" in str(caught.value)
+
+    def test_an_incompatible_plugin_is_in_nobodys_way(self, install):
+        install("old-pkg", {"zigzag": "gone"}, requires=["sparse-attention-hub<0.0.1"])
+        install("zig-pkg", {"zigzag": "fake_zigzag"}, {"fake_zigzag": GOOD})
+        registry = Registry()
+        assert registry.maskers["zigzag"].name == "zigzag"
+        assert [state for state, _ in states(registry).values()] == ["incompatible", "ok"]
+
+
+class TestAllowList:
+    @pytest.fixture(autouse=True)
+    def _two_packages(self, install):
+        install("first-pkg", {"zigzag": "fake_one"}, {"fake_one": GOOD})
+        install("second-pkg", {"zigzag": "fake_two"}, {"fake_two": GOOD})
+
+    @pytest.mark.parametrize(
+        ("value", "loaded"),
+        [
+            ("", []),
+            ("first-pkg", ["first-pkg"]),
+            ("Second_Pkg", ["second-pkg"]),
+            ("zigzag", ["first-pkg", "second-pkg"]),
+            ("second-pkg:zigzag, other", ["second-pkg"]),
+            ("first-pkg:other", []),
+        ],
+    )
+    def test_only_the_named_and_the_built_in_plugins_can_be_used(self, monkeypatch, value, loaded):
+        monkeypatch.setenv("SAH_LOAD_PLUGINS", value)
+        registry = Registry()
+        usable = [e.distribution for e in registry.maskers.entries() if e.is_usable]
+        assert [owner for owner in usable if owner != DISTRIBUTION] == loaded
+        assert "sink" in registry.maskers
+        for plugin_id, (state, reason) in states(registry).items():
+            if plugin_id.partition(":")[0] not in loaded:
+                assert (state, reason) == ("disabled", "SAH_LOAD_PLUGINS does not name it")
+
+    def test_the_error_names_the_variable(self, monkeypatch):
+        monkeypatch.setenv("SAH_LOAD_PLUGINS", "")
+        with pytest.raises(PluginDisabledError, match="SAH_LOAD_PLUGINS does not name it"):
+            Registry().maskers["zigzag"]
+
+    def test_what_is_disabled_stays_disabled(self, monkeypatch):
+        monkeypatch.setenv("SAH_LOAD_PLUGINS", "first-pkg,second-pkg")
+        monkeypatch.setenv("SAH_DISABLE_PLUGINS", "first-pkg")
+        assert Registry().maskers["zigzag"].__module__ == "fake_two"
+
+    def test_plugins_of_the_process_are_not_concerned(self, monkeypatch):
+        monkeypatch.setenv("SAH_LOAD_PLUGINS", "")
+        registry = Registry()
+        registry.maskers.register("quest-of-tests", Quest)
+        assert registry.maskers["quest-of-tests"] is Quest
+
+    def test_names_that_fit_nothing_are_known(self, monkeypatch):
+        monkeypatch.setenv("SAH_LOAD_PLUGINS", "first-pkg,frist-pkg")
+        monkeypatch.setenv("SAH_DISABLE_PLUGINS", "second-pkg:zigzag,second-pkg:zagzig")
+        assert Registry().unknown_settings() == (
+            ("SAH_DISABLE_PLUGINS", "second-pkg:zagzig"),
+            ("SAH_LOAD_PLUGINS", "frist-pkg"),
+        )
+        monkeypatch.delenv("SAH_LOAD_PLUGINS")
+        monkeypatch.delenv("SAH_DISABLE_PLUGINS")
+        assert Registry().unknown_settings() == ()
+
+
+class TestProblems:
+    def test_all_that_cannot_be_used_is_found(self, install):
+        install("bad-pkg", {"bad": "fake_bad"}, {"fake_bad": "raise RuntimeError('why')"})
+        install("old-pkg", {"old": "gone"}, requires=["sparse-attention-hub<0.0.1"])
+        install("first-pkg", {"zigzag": "fake_one"}, {"fake_one": GOOD})
+        install("second-pkg", {"zigzag": "fake_two"}, {"fake_two": GOOD})
+        found = {(p.id, p.state) for p in Registry().problems()}
+        assert found == {
+            ("bad-pkg:bad", "broken"),
+            ("old-pkg:old", "incompatible"),
+            ("first-pkg:zigzag", "conflict"),
+            ("second-pkg:zigzag", "conflict"),
+        }
+
+
+class TestTracing:
+    def test_every_load_is_a_line_with_its_time(self, install, monkeypatch, capsys):
+        install("zig-pkg", {"zigzag": "fake_zigzag"}, {"fake_zigzag": GOOD})
+        install("bad-pkg", {"bad": "fake_bad"}, {"fake_bad": "raise RuntimeError('why')"})
+        monkeypatch.setenv("SAH_TRACE_PLUGINS", "1")
+        registry = Registry()
+        registry.maskers["zigzag"]
+        registry.maskers["zigzag"]
+        registry.maskers.check("bad")
+        first, second = capsys.readouterr().err.splitlines()
+        assert re.fullmatch(
+            r"sah plugins: loaded masker zig-pkg:zigzag \(fake_zigzag\) in \d+\.\d ms", first
+        )
+        assert second == ("sah plugins: masker bad-pkg:bad (fake_bad) is broken: RuntimeError: why")
+
+    @pytest.mark.parametrize("value", [None, "", "0"])
+    def test_nothing_is_said_otherwise(self, install, monkeypatch, capsys, value):
+        install("zig-pkg", {"zigzag": "fake_zigzag"}, {"fake_zigzag": GOOD})
+        if value is not None:
+            monkeypatch.setenv("SAH_TRACE_PLUGINS", value)
+        Registry().maskers["zigzag"]
+        assert capsys.readouterr().err == ""
+
+
+class TestFiles:
+    @pytest.fixture
+    def write(self, tmp_path):
+        def to(name, source):
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(textwrap.dedent(source))
+            return path
+
+        yield to
+        for name in [name for name in sys.modules if name.startswith("sah_plugin_file_")]:
+            del sys.modules[name]
+
+    def test_a_file_registers_what_its_hooks_return(self, write):
+        source = (
+            GOOD
+            + """
+    class Seen:
+        name = "seen"
+
+    @hookimpl
+    def sah_metric():
+        return Seen
+
+    @hookimpl
+    def sah_model():
+        return lambda: "files"
+"""
+        )
+        path = write("my_plugins.py", source)
+        registry = Registry()
+        entries = registry.load_file(str(path))
+        assert {(e.kind, e.name, e.distribution, e.version) for e in entries} == {
+            ("masker", "zigzag", "my_plugins.py", ""),
+            ("metric", "seen", "my_plugins.py", ""),
+            ("model", "my-plugins", "my_plugins.py", ""),
+        }
+        assert {e.entry_point for e in entries} == {str(path)}
+        found = registry.maskers["zigzag"]
+        assert found is registry.maskers["my_plugins.py:zigzag"]
+        assert inspect.getsourcefile(found) == str(path)
+        assert registry.metrics["seen"].name == "seen"
+        assert registry.models["my-plugins"]() == "files"
+        assert pickle.loads(pickle.dumps(found)) is found
+
+    def test_loading_a_file_again_does_nothing(self, write):
+        path = write("mine.py", GOOD)
+        registry = Registry()
+        assert registry.load_file(path) == registry.load_file(path.parent / "." / "mine.py")
+        assert registry.files == (path,)
+
+    def test_a_file_can_be_disabled(self, write, monkeypatch):
+        monkeypatch.setenv("SAH_DISABLE_PLUGINS", "mine.py")
+        registry = Registry()
+        [entry] = registry.load_file(write("mine.py", GOOD))
+        assert entry.state == "disabled"
+        assert "zigzag" not in registry.maskers
+
+    CASES = {
+        "import error": ("import nothing_of_this_name", "cannot be imported: ModuleNotFoundError"),
+        "exits": ("raise SystemExit(3)", "cannot be imported: SystemExit: 3"),
+        "no hook": ("x = 1", "it has no plugin: no function in it carries @hookimpl"),
+        "no mark": ("def sah_masker(): return int", "sah_masker lacks @hookimpl"),
+        "misspelt": (
+            "from sah_core import hookimpl\n@hookimpl\ndef sah_maskr(): return int",
+            "unknown hook 'sah_maskr', did you mean 'sah_masker'?",
+        ),
+        "fails": (
+            "from sah_core import hookimpl\n@hookimpl\ndef sah_masker(): return 1 / 0",
+            "its hook sah_masker fails: ZeroDivisionError: division by zero",
+        ),
+        "none": (
+            "from sah_core import hookimpl\n@hookimpl\ndef sah_masker(): return None",
+            "its hook sah_masker returned None",
+        ),
+        "bad name": (GOOD.replace('"zigzag"', '"Zig Zag"'), "'Zig Zag' is no plugin name"),
+    }
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_what_is_wrong_with_a_file_is_one_line_and_leaves_nothing(self, write, case):
+        source, reason = self.CASES[case]
+        registry = Registry()
+        before = registry.entries()
+        with pytest.raises(PluginFileError) as caught:
+            registry.load_file(write("mine.py", source))
+        assert reason in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert registry.entries() == before
+        assert not [name for name in sys.modules if name.startswith("sah_plugin_file_")]
+
+    def test_a_path_that_is_no_file_is_said(self, tmp_path, write):
+        registry = Registry()
+        with pytest.raises(PluginFileError, match="there is no such file"):
+            registry.load_file(tmp_path / "absent.py")
+        with pytest.raises(PluginFileError, match="it is a folder"):
+            registry.load_file(tmp_path)
+        with pytest.raises(PluginFileError, match="it is no Python file"):
+            registry.load_file(write("notes.txt", GOOD))
+
+    def test_a_name_that_is_taken_is_refused_and_nothing_registered(self, write, install):
+        install("zig-pkg", {"zigzag": "fake_zigzag"}, {"fake_zigzag": GOOD})
+        source = """
+            from sah_core.hookspecs import hookimpl
+
+            class Seen:
+                name = "seen"
+
+            class Zigzag:
+                name = "zigzag"
+
+            @hookimpl
+            def sah_metric():
+                return Seen
+
+            @hookimpl
+            def sah_masker():
+                return Zigzag
+        """
+        registry = Registry()
+        with pytest.raises(PluginConflictError, match="by 'zig-pkg' already. rename the class"):
+            registry.load_file(write("mine.py", source))
+        assert "seen" not in registry.metrics
+        assert registry.files == ()
 
 
 class TestDisabling:
