@@ -32,7 +32,7 @@ from .errors import (
     nearest_names,
 )
 
-__all__ = ["Kind", "PluginEntry"]
+__all__ = ["Carrier", "Kind", "PluginEntry"]
 
 T = TypeVar("T")
 
@@ -364,9 +364,7 @@ class Kind(Generic[T]):
         """The object that carries the hook: `plugin`, or one that returns `plugin` from it."""
         if hasattr(plugin, self.hook) or not callable(plugin):
             return plugin
-        carrier = _Carrier()
-        setattr(carrier, self.hook, hookspecs.hookimpl(lambda: plugin))
-        return carrier
+        return Carrier(self.hook, hookspecs.hookimpl(lambda: plugin))
 
 
 def _disabled(name: str, distribution: str, *, installed: bool = False) -> tuple[str, str]:
@@ -381,8 +379,11 @@ def _disabled(name: str, distribution: str, *, installed: bool = False) -> tuple
     return "", ""
 
 
-class _Carrier:
-    """Stands in for the module of a plugin that was registered as a bare class."""
+class Carrier:
+    """Stands in for the module of a plugin that has none, or shares it with other kinds."""
+
+    def __init__(self, hook: str, implementation: Callable[[], object]) -> None:
+        setattr(self, hook, implementation)
 
 
 class _Unfit(Exception):

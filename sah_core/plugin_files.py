@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import PluginConflictError, PluginFileError, nearest_names, one_line
 from .hookspecs import PROJECT
-from .kind import Kind, PluginEntry
+from .kind import Carrier, Kind, PluginEntry
 
 __all__ = ["load"]
 
@@ -39,8 +39,8 @@ def load(path: Path, kinds: Sequence[Kind[Any]]) -> tuple[PluginEntry, ...]:
         raise
     done: list[tuple[Kind[Any], str]] = []
     try:
-        for kind, name, value in plugins:
-            _register(kind, name, value, path)
+        for kind, name, carrier in plugins:
+            _register(kind, name, carrier, path)
             done.append((kind, name))
     except (PluginConflictError, PluginFileError):
         for kind, name in done:
@@ -72,7 +72,7 @@ def _imported(path: Path) -> ModuleType:
 
 def _plugins(
     module: ModuleType, path: Path, kinds: Sequence[Kind[Any]]
-) -> list[tuple[Kind[Any], str, Any]]:
+) -> list[tuple[Kind[Any], str, Carrier]]:
     hooks = {kind.hook: kind for kind in kinds}
     marked = [name for name, value in vars(module).items() if hasattr(value, _MARK)]
     for name in marked:
@@ -94,20 +94,21 @@ def _plugins(
         if value is None:
             raise PluginFileError(str(path), f"its hook {name} returned None")
         own = getattr(value, "name", None)
-        plugins.append((hooks[name], own if isinstance(own, str) else _name_of(path), value))
+        carrier = Carrier(name, getattr(module, name))
+        plugins.append((hooks[name], own if isinstance(own, str) else _name_of(path), carrier))
     return plugins
 
 
 def _name_of(path: Path) -> str:
-    """The name of a plugin that has none, such as the function that finds a model."""
+    """The name of a plugin that has none, such as a function that finds a model."""
     return path.stem.lower().replace("_", "-")
 
 
-def _register(kind: Kind[Any], name: str, value: Any, path: Path) -> None:
+def _register(kind: Kind[Any], name: str, carrier: Carrier, path: Path) -> None:
     taken = [e.distribution for e in kind.entries() if e.name == name and e.is_usable]
     if taken:
         raise PluginConflictError(kind.singular, name, (*sorted(taken), path.name), str(path))
     try:
-        kind.register(name, value, distribution=path.name, entry_point=str(path))
+        kind.register(name, carrier, distribution=path.name, entry_point=str(path))
     except ValueError as error:
         raise PluginFileError(str(path), str(error)) from error

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import hookspecs
 from .discovery import DISABLE_VARIABLE, LOAD_VARIABLE, Setting, all_entry_points
+from .errors import PluginFileError
 from .kind import Kind, PluginEntry
 
 if TYPE_CHECKING:
@@ -117,6 +118,19 @@ class Registry:
         if full not in self._files:
             self._files[full] = plugin_files.load(full, self.kinds())
         return self._files[full]
+
+    def unload_file(self, path: str | os.PathLike[str]) -> None:
+        """Takes out what `load_file` registered.
+
+        Raises:
+            PluginFileError: the file is not loaded.
+        """
+        full = Path(path).expanduser().resolve()
+        if full not in self._files:
+            raise PluginFileError(str(full), "it is not loaded, so that it cannot be taken out")
+        kinds = {kind.singular: kind for kind in self.kinds()}
+        for entry in self._files.pop(full):
+            kinds[entry.kind].unregister(entry.name, entry.distribution)
 
     def unknown_settings(self) -> tuple[tuple[str, str], ...]:
         """Names in ``SAH_DISABLE_PLUGINS`` and ``SAH_LOAD_PLUGINS`` that fit no plugin."""

@@ -253,9 +253,8 @@ def plugin_file(tmp_path):
     path = tmp_path / "every.py"
     path.write_text(PLUGIN)
     yield path
-    if "everything" in registry.maskers:
-        registry.maskers.unregister("everything", "every.py")
-    registry._files.pop(path, None)
+    if path in registry.files:
+        registry.unload_file(path)
 
 
 @pytest.mark.parametrize("place", ["before", "behind"])

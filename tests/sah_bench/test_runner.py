@@ -1,5 +1,6 @@
 """Running experiments: shared prefills, faults, resuming."""
 
+import hashlib
 import json
 import signal
 import time
@@ -10,9 +11,11 @@ from click.testing import CliRunner
 
 from sah_bench.cli import main
 from sah_bench.experiment import resolve
+from sah_bench.identity import cell_identity
 from sah_bench.plan import planned_cells
 from sah_bench.progress import Silent
 from sah_bench.runner import exit_code, run_experiment
+from sah_core import registry
 from sah_core.errors import ModelNotFoundError
 
 pytestmark = pytest.mark.unit
@@ -20,6 +23,18 @@ pytestmark = pytest.mark.unit
 SPARSE = "sink(4) | local(8)"
 SPARSE_PREFILL = "sink(5) @ prefill=sparse"
 FAULTY = "sink(13)"
+MASKER = """
+import attrs
+from sah_core import Masker, hookimpl
+
+@attrs.frozen(kw_only=True)
+class Mine(Masker):
+    name = "mine"
+
+@hookimpl
+def sah_masker():
+    return Mine
+"""
 INTERRUPTED = "sink(14)"
 
 
@@ -194,6 +209,20 @@ def test_more_tasks_leave_the_results_of_the_others(experiment, fakes, monkeypat
     first = run(experiment(benchmarks=["niah(lengths=[600])"], tasks=None))
     both = run(experiment(benchmarks=["niah(lengths=[600, 700])"], tasks=None))
     assert [result.folder for result in both[:2]] == [result.folder for result in first]
+
+
+def test_source_of_a_plugin_file_is_part_of_the_cell(experiment, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(MASKER)
+    registry.load_file(path)
+    try:
+        made = experiment(pipelines=["mine"])
+        [plan], [pipeline] = made.benchmarks, made.pipelines
+        identity = cell_identity(made, plan, "easy", pipeline, {})
+        digest = hashlib.sha256(MASKER.encode()).hexdigest()
+        assert identity["plugins"]["masker:mine"] == f"mine.py source {digest}"
+    finally:
+        registry.unload_file(path)
 
 
 def test_source_of_an_unpackaged_plugin_is_part_of_the_cell(experiment, monkeypatch):

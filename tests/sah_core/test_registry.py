@@ -416,6 +416,10 @@ class TestFiles:
     @hookimpl
     def sah_model():
         return lambda: "files"
+
+    @hookimpl
+    def sah_scorer():
+        return {"nothing": len}
 """
         )
         path = write("my_plugins.py", source)
@@ -425,6 +429,7 @@ class TestFiles:
             ("masker", "zigzag", "my_plugins.py", ""),
             ("metric", "seen", "my_plugins.py", ""),
             ("model", "my-plugins", "my_plugins.py", ""),
+            ("scorer", "my-plugins", "my_plugins.py", ""),
         }
         assert {e.entry_point for e in entries} == {str(path)}
         found = registry.maskers["zigzag"]
@@ -432,6 +437,7 @@ class TestFiles:
         assert inspect.getsourcefile(found) == str(path)
         assert registry.metrics["seen"].name == "seen"
         assert registry.models["my-plugins"]() == "files"
+        assert registry.scorers["my-plugins"] == {"nothing": len}
         assert pickle.loads(pickle.dumps(found)) is found
 
     def test_loading_a_file_again_does_nothing(self, write):
@@ -439,6 +445,19 @@ class TestFiles:
         registry = Registry()
         assert registry.load_file(path) == registry.load_file(path.parent / "." / "mine.py")
         assert registry.files == (path,)
+
+    def test_a_file_can_be_taken_out_and_loaded_again(self, write):
+        path = write("mine.py", GOOD)
+        registry = Registry()
+        registry.load_file(path)
+        first = registry.maskers["zigzag"]
+        registry.unload_file(path)
+        assert "zigzag" not in registry.maskers
+        assert registry.files == ()
+        with pytest.raises(PluginFileError, match="it is not loaded"):
+            registry.unload_file(path)
+        registry.load_file(path)
+        assert registry.maskers["zigzag"] is not first
 
     def test_a_file_can_be_disabled(self, write, monkeypatch):
         monkeypatch.setenv("SAH_DISABLE_PLUGINS", "mine.py")
