@@ -406,6 +406,8 @@ class Session:
             value = inputs.value.index_select(2, position)
         for index, state in kept.states.items():
             if state is not None:
+                if hasattr(state, "reserve"):
+                    state.reserve(inputs.capacity)
                 self.pipeline.steps[index].append(state, key, value, position)
 
     def _end(self, kept: LayerState, inputs: Inputs) -> None:

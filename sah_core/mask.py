@@ -389,8 +389,12 @@ class Mask:
                 scores[..., max(start, 0) : max(stop, 0)] = fill
             else:
                 scores.masked_fill_(part.contains(position), fill)
-        if self.selected is not None or self.dense is not None:
-            rest = Mask(self.shape, (), self.selected, self.dense).presence(scores.shape[1])
+        selected = self.selected
+        lowest = fill == float("-inf") and self.dense is None
+        if selected is not None and lowest and scores.shape[1] % selected.heads == 0:
+            return lower_at(scores, selected.tokens(scores.shape[-1])[0])
+        if selected is not None or self.dense is not None:
+            rest = Mask(self.shape, (), selected, self.dense).presence(scores.shape[1])
             scores.masked_fill_(rest, fill)
         return scores
 
@@ -399,6 +403,43 @@ class Mask:
         dense = self.to_dense() > 0
         batch, all_heads, query_len, key_len = dense.shape
         return dense.view(batch, heads, all_heads // heads, query_len, key_len).all(dim=2)
+
+    def entries(self, allowed: Allowed) -> tuple[Tensor, Tensor | None]:
+        """Every selected and allowed key once, by index; only a dense part waits for the device.
+
+        Args:
+            allowed: What may be attended.
+
+        Returns:
+            int32 keys ``(batch | 1, heads', query_len | 1, count)`` with -1 where an entry holds no
+            key, and the probabilities, float32 in the same shape, or None if all are 1.
+        """
+        key_len = self.shape[3]
+        mask = self.to_selected()
+        ranges = mask.ranges
+        if self.is_full:
+            ranges = (KeyRange(allowed.start, allowed.stop, key_len),)
+        parts: list[tuple[Tensor, Tensor | None]] = []
+        for index, part in enumerate(ranges):
+            count = min(part.capacity, key_len)
+            slot = torch.arange(count, device=allowed.device, dtype=torch.int32)
+            keys = torch.maximum(part.start, allowed.start).unsqueeze(-1) + slot
+            keep = part.contains(keys) & allowed.contains(keys)
+            for earlier in ranges[:index]:
+                keep = keep & ~earlier.contains(keys)
+            parts.append((torch.where(keep, keys, -1), None))
+        if mask.selected is not None:
+            keys, probability = mask.selected.tokens(key_len)
+            heads = max(keys.shape[1], allowed.heads)
+            keys = spread_heads(keys, heads)
+            keep = (keys >= 0) & allowed.contains(keys) & ~mask.covers(keys)
+            if probability is not None:
+                probability = spread_heads(probability, heads)
+            parts.append((torch.where(keep, keys, -1), probability))
+        if not parts:
+            nothing = torch.empty((1, 1, 1, 0), dtype=torch.int32, device=allowed.device)
+            return nothing, None
+        return join_entries(parts)
 
     # Conversions
 
@@ -497,6 +538,34 @@ def spread_heads(tensor: Tensor, heads: int) -> Tensor:
     return tensor if own == heads else tensor.repeat_interleave(heads // own, dim=1)
 
 
+def lower_at(scores: Tensor, keys: Tensor) -> Tensor:
+    """``scores`` lowered to -inf in place at key indices; negative entries are no keys."""
+    batch, heads, query_len, _ = scores.shape
+    keys = spread_heads(keys, heads).expand(batch, heads, query_len, -1)
+    outside = (keys < 0) | (keys >= scores.shape[-1])
+    # an entry that is no key lowers key 0 to +inf, which is not at all
+    values = torch.where(outside, float("inf"), float("-inf")).to(scores.dtype)
+    places = torch.where(outside, 0, keys).long()
+    return scores.scatter_reduce_(-1, places, values, "amin")
+
+
+def join_entries(parts: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """Put lists of key indices side by side, each with probabilities or None for all 1."""
+    heads = max(keys.shape[1] for keys, _ in parts)
+    spread = [spread_heads(keys, heads) for keys, _ in parts]
+    lead = torch.broadcast_shapes(*(keys.shape[:3] for keys in spread))
+    joined = torch.cat([keys.expand(*lead, keys.shape[-1]) for keys in spread], dim=-1)
+    if all(probability is None for _, probability in parts):
+        return joined, None
+    chances = [
+        torch.ones(keys.shape, device=keys.device)
+        if probability is None
+        else spread_heads(probability, heads)
+        for keys, (_, probability) in zip(spread, parts, strict=True)
+    ]
+    return joined, torch.cat([p.expand(*lead, p.shape[-1]) for p in chances], dim=-1)
+
+
 def match_heads(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Bring two tensors ``(batch, heads', ...)`` to the larger number of heads."""
     heads = max(a.shape[1], b.shape[1])
@@ -521,7 +590,7 @@ def ranges_length(ranges: Sequence[KeyRange], allowed: Allowed) -> Tensor:
 def unite_selected(a: Selected, b: Selected, key_len: int, disjoint: bool) -> Selected:
     """Union of two index parts without a host sync; a key in both gets ``1 - (1 - p1)(1 - p2)``."""
     same_pages = a.page_size == b.page_size and a.origin is b.origin
-    parts = []
+    parts: list[tuple[Tensor, Tensor | None]] = []
     for part in (a, b):
         if same_pages and part.page_size > 1:
             slot = torch.arange(part.capacity, device=part.indices.device)
@@ -529,17 +598,7 @@ def unite_selected(a: Selected, b: Selected, key_len: int, disjoint: bool) -> Se
             parts.append((torch.where(slot < limit, part.indices, -1), part.probability))
         else:
             parts.append(part.tokens(key_len))
-    heads = max(a.heads, b.heads)
-    keys = [spread_heads(k, heads) for k, _ in parts]
-    lead = torch.broadcast_shapes(*(k.shape[:3] for k in keys))
-    joined = torch.cat([k.expand(*lead, k.shape[-1]) for k in keys], dim=-1)
-    probability = None
-    if any(p is not None for _, p in parts):
-        chances = [
-            torch.ones(k.shape, device=k.device) if p is None else spread_heads(p, heads)
-            for k, (_, p) in zip(keys, parts, strict=True)
-        ]
-        probability = torch.cat([p.expand(*lead, p.shape[-1]) for p in chances], dim=-1)
+    joined, probability = join_entries(parts)
     if not disjoint:
         joined, order = joined.sort(dim=-1, stable=True)
         twin = torch.zeros_like(joined, dtype=torch.bool)

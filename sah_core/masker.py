@@ -36,7 +36,7 @@ class Capabilities:
         shares_layers: It hands choices from layer to layer through ``request_state``.
         page_granular: It selects whole pages.
         unbounded: Its budget depends on the content (top-p, adaptive), so that the capacity is not
-            known.
+            known to the host unless its parameter ``max_size`` is given.
         keys_only: `Masker.append` never looks at the values, so that under graph capture they need
             not be gathered; it gets none there.
         needs: Optional inputs that it reads: ``hidden_states``, ``query_pre_rope``,

@@ -11,9 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sah_core.mask import KeyRange
+from sah_core.mask import KeyRange, spread_heads
+from sah_core.randomness import Random
 
 GROUP_REDUCTIONS = ("none", "sum", "mean", "max")
+
+TOP_P_WIDTH = 256
+"""Best candidates that `Ops.masked_topp` looks at first where the result has no given capacity."""
 
 
 class Ops:
@@ -100,6 +104,159 @@ class Ops:
         if width < capacity:
             indices = torch.nn.functional.pad(indices, (0, capacity - width), value=-1)
         return indices, chosen
+
+    def masked_topp(
+        self,
+        scores: Tensor,
+        top_p: float,
+        capacity: int | None = None,
+        *,
+        start: Tensor | None = None,
+        stop: Tensor | None = None,
+        taken: Sequence[KeyRange] = (),
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The fewest candidates of each row that hold a share of the mass of all of them.
+
+        The mass of a candidate is ``e^score``; sums are in float64. Candidates count by falling
+        score, of equal scores the lower index first; the last one taken is the first at which the
+        sum reaches ``top_p`` of the whole. With ``top_p`` = 1 that is every candidate.
+
+        Args:
+            scores: float32 ``(batch, heads, query_len, candidates)``; -inf is no candidate. Not
+                changed.
+            top_p: In (0, 1].
+            capacity: Entries per row in the result; rows that need more keep their best. None
+                takes what the row with the most needs, for which it waits for the device.
+            start: First candidate key per row, int32 ``(batch | 1, heads | 1, query_len | 1)``;
+                None = 0.
+            stop: One past the last candidate key per row, likewise; None = all.
+            taken: Ranges whose members are no candidates.
+
+        Returns:
+            int32 indices ``(batch, heads, query_len, capacity)`` in the order of their scores, -1
+            after them; how many there are, int32 ``(batch, heads, query_len)``; and which rows
+            needed more, bool likewise.
+        """
+        scores = self._hide(scores, start, stop, taken)
+        candidates = scores.shape[-1]
+        top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+        total = (scores.double() - top).exp_().sum(-1, keepdim=True)
+        there = (scores > float("-inf")).sum(-1)
+        # with all candidates wanted, rounding must not leave out the least of them
+        target = total * top_p if top_p < 1 else torch.full_like(total, float("inf"))
+        width = min(TOP_P_WIDTH, candidates) if capacity is None else capacity
+        while True:
+            indices, _ = self.masked_topk(scores, width)
+            values = scores.gather(-1, indices.clamp(min=0).long())
+            values = values.masked_fill(indices < 0, float("-inf"))
+            values, indices = _by_value_then_index(values, indices)
+            mass = (values.double() - top).exp_()
+            before = torch.zeros_like(mass)
+            torch.cumsum(mass[..., :-1], -1, out=before[..., 1:])
+            needed = (before < target) & (values > float("-inf"))
+            chosen = needed.sum(-1)
+            reached = (before[..., -1:] + mass[..., -1:] >= target).squeeze(-1) if width else False
+            overflow = (chosen < there) & ~torch.as_tensor(reached, device=scores.device)
+            if capacity is not None:
+                break
+            if width == candidates or not bool(overflow.any()):
+                width = int(chosen.max()) if chosen.numel() else 0
+                needed, indices = needed[..., :width], indices[..., :width]
+                break
+            width = min(4 * width, candidates)
+        return torch.where(needed, indices, -1), chosen.to(torch.int32), overflow
+
+    def random_scores(
+        self,
+        random: Random,
+        heads: int,
+        query_position: Tensor,
+        key_len: int,
+        first: Tensor,
+        *,
+        draw: int = 0,
+    ) -> Tensor:
+        """A uniform random number for every key and query row; the best of them are a sample.
+
+        Args:
+            random: Random numbers of a step and layer.
+            heads: Query heads.
+            query_position: Key index of every query row, int32 ``(1, query_len)``.
+            key_len: Keys in the buffer.
+            first: First real key per sequence, int32 ``(batch | 1,)``; positions count from it.
+            draw: Distinguishes several numbers at one place.
+
+        Returns:
+            float32 ``(batch | 1, heads, query_len, key_len)`` in (0, 1).
+        """
+        rows = query_position - first.view(-1, 1)
+        keys = torch.arange(key_len, device=first.device) - first.view(-1, 1)
+        return random.uniform(heads, rows, keys[:, None, None, :], draw)
+
+    def logits_at(
+        self,
+        query: Tensor,
+        key: Tensor,
+        indices: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention logits of chosen keys; no others are read where there is one query row.
+
+        Args:
+            query: ``(batch, heads, query_len, head_dim)``.
+            key: ``(batch, kv_heads, key_len, head_dim)``.
+            indices: int32 ``(batch | 1, heads', query_len | 1, count)`` with ``heads'`` a divisor
+                of the heads; negative entries are no keys.
+            scaling: Factor on ``q . k``.
+            softcap: Logit cap, or None.
+
+        Returns:
+            float32 ``(batch, heads, query_len, count)``, -inf at entries that are no keys.
+        """
+        batch, heads, query_len, head_dim = query.shape
+        count = indices.shape[3]
+        if query_len > 1 or count >= key.shape[2]:
+            scores = self.logits(query, key, scaling, softcap)
+            places = spread_heads(indices, heads).clamp(min=0).long()
+            scores = scores.gather(-1, places.expand(batch, heads, query_len, count))
+        else:
+            rows = take_rows(key, indices).float()
+            grouped = query.float().reshape(batch, rows.shape[1], -1, head_dim) * scaling
+            scores = grouped @ rows.transpose(2, 3)
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            scores = scores.view(batch, heads, 1, count)
+        return scores.masked_fill(spread_heads(indices, heads) < 0, float("-inf"))
+
+    def moments_at(self, value: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second moment of weighted values at chosen keys.
+
+        Args:
+            value: ``(batch, kv_heads, key_len, value_dim)``.
+            indices: int32 ``(batch | 1, heads', query_len | 1, count)``; negative entries are no
+                keys, and their weights must be 0.
+            weights: float32 ``(batch, heads, query_len, count)``.
+
+        Returns:
+            ``sum_j w_j v_j``, float32 ``(batch, heads, query_len, value_dim)``, and ``sum_j w_j^2
+            |v_j|^2``, float32 ``(batch, heads, query_len)``.
+        """
+        batch, heads, query_len, count = weights.shape
+        kv_heads, key_len, value_dim = value.shape[1:]
+        if query_len > 1 or count >= key_len:
+            places = spread_heads(indices, heads).clamp(min=0).long()
+            dense = torch.zeros((batch, heads, query_len, key_len), device=value.device)
+            dense.scatter_add_(-1, places.expand(weights.shape), weights)
+            dense = dense.view(batch, kv_heads, -1, key_len)
+            rows = value.float()
+        else:
+            rows = take_rows(value, indices).float()
+            dense = weights.reshape(batch, rows.shape[1], -1, count)
+        squares = rows.square().sum(-1, keepdim=True)
+        first, second = dense @ rows, dense.square() @ squares
+        shape = (batch, heads, query_len)
+        return first.view(*shape, value_dim), second.view(shape)
 
     @staticmethod
     def _page_limits(
@@ -542,6 +699,27 @@ def _write(buffer: Tensor, rows: Tensor, start: int | Tensor) -> None:
         buffer[:, :, start : start + rows.shape[2]] = rows
     else:
         buffer.index_copy_(2, start.long(), rows)
+
+
+def take_rows(source: Tensor, indices: Tensor) -> Tensor:
+    """Rows of the cache by index, for one query row.
+
+    Args:
+        source: ``(batch, kv_heads, key_len, channels)``.
+        indices: int ``(batch | 1, heads', 1, count)``; negative entries take row 0.
+
+    Returns:
+        ``(batch, selections, count, channels)``, ``selections`` the greater of ``heads'`` and
+        ``kv_heads``.
+    """
+    batch, kv_heads, _, channels = source.shape
+    selections = max(kv_heads, indices.shape[1])
+    places = spread_heads(indices[:, :, 0], selections).clamp(min=0).long()
+    places = places.expand(batch, selections, -1)
+    group = selections // kv_heads
+    flat = places.reshape(batch, kv_heads, -1, 1).expand(-1, -1, -1, channels)
+    rows = source.gather(2, flat)
+    return rows.view(batch, kv_heads * group, -1, channels)
 
 
 def round_to_bits(tensor: Tensor, bits: int) -> Tensor:

@@ -50,7 +50,12 @@ class LayerInfo:
 
 
 class State(Protocol):
-    """What the core asks of a masker's state."""
+    """What the core asks of a masker's state.
+
+    A state whose buffers follow the number of keys may also have ``reserve(keys)``, which makes
+    room for so many: it is called before keys are appended whose index lives on the device, since
+    such an append cannot grow anything.
+    """
 
     def snapshot(self) -> Any:
         """A token from which `restore` recreates the present state."""
@@ -107,3 +112,60 @@ class GrowingBuffer:
     def restore(self, token: int) -> None:
         """Cut back to the length of the snapshot."""
         self.length = token
+
+
+class TokenBuffer:
+    """A number, or a few, per token and KV head, written in place at the token's index.
+
+    Unlike a `GrowingBuffer` it takes tokens at an index that lives on the device too, and then
+    never grows.
+
+    Args:
+        shape: ``(batch, kv_heads, capacity, ...)``.
+        dtype: Type of the numbers.
+        device: Where they live.
+
+    Attributes:
+        data: The buffer, ``shape`` or longer along dimension 2.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        batch, kv_heads, capacity, *rest = shape
+        self.data = torch.zeros(
+            (batch, kv_heads, max(1, capacity), *rest), dtype=dtype, device=device
+        )
+
+    def write(self, rows: Tensor, start: int | Tensor) -> None:
+        """Write tokens.
+
+        Args:
+            rows: ``(batch, kv_heads, new, ...)``.
+            start: Index of the first of them; an int32 tensor ``(1,)`` under graph capture, where
+                there is one.
+        """
+        if not isinstance(start, int):
+            self.data.index_copy_(2, start.long(), rows)
+            return
+        end = start + rows.shape[2]
+        self.reserve(end)
+        self.data[:, :, start:end] = rows
+
+    def reserve(self, tokens: int) -> None:
+        """Make sure that so many tokens fit, copying at most once per doubling."""
+        room = self.data.shape[2]
+        if tokens > room:
+            more = max(tokens, 2 * room) - room
+            fresh = self.data.new_zeros((*self.data.shape[:2], more, *self.data.shape[3:]))
+            self.data = torch.cat([self.data, fresh], dim=2)
+
+    def first(self, count: int) -> Tensor:
+        """The numbers of the first ``count`` tokens."""
+        return self.data[:, :, :count]
+
+    def snapshot(self) -> None:
+        """Nothing: a token's numbers are not changed by those that come after it."""
+
+    def restore(self, token: None) -> None:
+        """Nothing: tokens after the snapshot are overwritten by those that come."""

@@ -55,12 +55,12 @@ class PageBounds:
         """Take in new keys; a start on the device never grows the buffers."""
         if isinstance(start, int):
             self.length = start + key.shape[2]
-            self.reserve(-(-self.length // self.page_size))
+            self.reserve(self.length)
         self.ops.page_bounds_update(self.low, self.high, key, start, self.page_size, self.first)
 
-    def reserve(self, pages: int) -> None:
-        """Make sure that so many pages fit, copying at most once per doubling."""
-        room = self.low.shape[2]
+    def reserve(self, keys: int) -> None:
+        """Make sure that the pages of so many keys fit, copying at most once per doubling."""
+        pages, room = -(-keys // self.page_size), self.low.shape[2]
         if pages > room:
             more = max(pages, 2 * room) - room
             self.low, self.high = (

@@ -305,6 +305,33 @@ def test_ends_outside_the_keys_leave_the_choice_right_for_one_range():
     assert shown.isinf()[0, 0, 0].tolist() == [True] * 3 + [False] * 3 + [True] * 2
 
 
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("name", [*PARTS, "all parts"])
+def test_entries_are_every_selected_and_allowed_key_once(name, limits):
+    allowed = allowed_of(limits)
+    mask = part(name) if name != "all parts" else part("range", 1) | part("weighted", 2)
+    mask = mask if mask.is_full else mask | part("range", 4)
+    keys, probability = mask.entries(allowed)
+    expected = definition(mask) * keep_of(allowed)
+    lead = SHAPE[:3]
+    keys = keys.repeat_interleave(HEADS // keys.shape[1], 1).expand(*lead, -1)
+    chances = torch.ones(keys.shape)
+    if probability is not None:
+        chances = probability.repeat_interleave(HEADS // probability.shape[1], 1).expand(keys.shape)
+    found = torch.zeros(SHAPE)
+    for place in places(lead):
+        row = [k for k in keys[place].tolist() if k >= 0]
+        assert len(set(row)) == len(row)
+        found[place][row] = chances[place][keys[place] >= 0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_empty_mask_has_no_entries():
+    keys, probability = Mask.empty(SHAPE).entries(allowed_of("padded"))
+    assert keys.numel() == 0
+    assert probability is None
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_covers_says_which_keys_lie_in_a_range(name):
     mask = part(name) | part("range", 4) | part("range", 6)

@@ -7,6 +7,7 @@ import torch
 
 from sah_core import KeyRange
 from sah_core.ops import REFERENCE, round_to_bits
+from sah_core.randomness import Random
 
 pytestmark = pytest.mark.unit
 
@@ -252,3 +253,121 @@ def test_rounding_goes_to_the_nearest_of_the_levels_between_the_extremes(bits):
         levels = [low + i * step for i in range(2**bits)]
         for x, y in zip(row, values, strict=True):
             assert abs(y - x) <= min(abs(level - x) for level in levels) + 1e-5
+
+
+def fewest(scores, top_p, *, start=0, stop=None, taken=()):
+    """Of one row: the candidates by falling score until their mass reaches the share."""
+    inside = range(len(scores))[start:stop]
+    order = [k for k in inside if scores[k] > -INF and k not in taken]
+    order.sort(key=lambda k: (-scores[k], k))
+    whole, reached = sum(math.exp(scores[k]) for k in order), 0.0
+    for count, key in enumerate(order):
+        if reached >= top_p * whole and top_p < 1:
+            return order[:count]
+        reached += math.exp(scores[key])
+    return order
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("count", [1, 30, 700])
+def test_top_p_takes_the_fewest_candidates_that_hold_the_mass(top_p, count):
+    scores = torch.randn(2, 3, 2, count, generator=generator()) * 2
+    scores[..., ::7] = -INF
+    scores[:, 1] = scores[:, 1].round()
+    start, stop = int32(0, 4, shape=(2, 1, 1)), int32(count, count - 1, shape=(1, 1, 2))
+    zero = int32(0, shape=(1, 1, 1))
+    taken = [KeyRange(zero, zero, 3, 1, 4)]
+    limits = {"start": start, "stop": stop, "taken": taken}
+    indices, chosen, overflow = REFERENCE.masked_topp(scores, top_p, **limits)
+    assert not overflow.any()
+    clipped, some, more = REFERENCE.masked_topp(scores, top_p, 5, **limits)
+    assert clipped.shape[-1] == 5
+    for b in range(2):
+        for h in range(3):
+            for q in range(2):
+                row = scores[b, h, q].double().tolist()
+                first, last = int(start[b]), int(stop[0, 0, q])
+                wanted = fewest(row, top_p, start=first, stop=last, taken=range(1, 4))
+                assert indices[b, h, q, : len(wanted)].tolist() == wanted
+                assert (indices[b, h, q, len(wanted) :] == -1).all()
+                assert int(chosen[b, h, q]) == len(wanted)
+                assert clipped[b, h, q].tolist() == (wanted + [-1] * 5)[:5]
+                assert int(some[b, h, q]) == min(5, len(wanted))
+                assert bool(more[b, h, q]) == (len(wanted) > 5)
+
+
+def test_top_p_of_rows_without_candidates_is_nothing():
+    scores = torch.full((1, 2, 1, 5), -INF)
+    for capacity in (None, 3):
+        indices, chosen, overflow = REFERENCE.masked_topp(scores, 1.0, capacity)
+        assert not (indices >= 0).any()
+        assert not chosen.any()
+        assert not overflow.any()
+
+
+def test_top_p_does_not_change_the_scores():
+    scores = torch.randn(1, 1, 1, 20, generator=generator())
+    before = scores.clone()
+    REFERENCE.masked_topp(scores, 0.5, start=int32(3, shape=(1, 1, 1)))
+    assert torch.equal(scores, before)
+
+
+def indices_of(heads, rows, count, key_len):
+    order = torch.rand(2, heads, rows, key_len, generator=generator(3)).argsort(-1)
+    indices = order[..., :count].int()
+    indices[..., -1] = -1
+    return indices
+
+
+AT = [(4, 2, 4, 1, 1), (4, 2, 2, 1, 1), (4, 2, 1, 1, 1), (4, 4, 4, 3, 3), (4, 2, 2, 3, 1)]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "own", "query_len", "rows"), AT)
+@pytest.mark.parametrize("count", [3, 12])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_logits_at_indices_are_those_of_all_keys(
+    heads, kv_heads, own, query_len, rows, count, softcap
+):
+    query = torch.randn(2, heads, query_len, 8, generator=generator())
+    key = torch.randn(2, kv_heads, 12, 8, generator=generator(1))
+    indices = indices_of(own, rows, count, 12)
+    found = REFERENCE.logits_at(query, key, indices, 0.3, softcap)
+    whole = REFERENCE.logits(query, key, 0.3, softcap)
+    assert found.shape == (2, heads, query_len, count)
+    for b in range(2):
+        for h in range(heads):
+            for q in range(query_len):
+                places = indices[b, h * own // heads, q if rows > 1 else 0].tolist()
+                expected = [float(whole[b, h, q, k]) if k >= 0 else -INF for k in places]
+                assert found[b, h, q].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "own", "query_len", "rows"), AT)
+@pytest.mark.parametrize("count", [3, 12])
+def test_moments_are_sums_over_the_chosen_values(heads, kv_heads, own, query_len, rows, count):
+    value = torch.randn(2, kv_heads, 12, 5, generator=generator())
+    indices = indices_of(own, rows, count, 12)
+    weights = torch.rand(2, heads, query_len, count, generator=generator(1))
+    weights[..., -1] = 0
+    first, second = REFERENCE.moments_at(value, indices, weights)
+    for b in range(2):
+        for h in range(heads):
+            for q in range(query_len):
+                places = indices[b, h * own // heads, q if rows > 1 else 0, :-1].tolist()
+                chosen = value[b, h * kv_heads // heads, places].double()
+                w = weights[b, h, q, :-1].double().unsqueeze(1)
+                assert first[b, h, q].tolist() == pytest.approx(
+                    (w * chosen).sum(0).tolist(), abs=1e-5
+                )
+                square = float((w * chosen).square().sum())
+                assert float(second[b, h, q]) == pytest.approx(square, abs=1e-5)
+
+
+def test_random_scores_count_positions_from_the_first_real_key():
+    random = Random(seed=3, step=1, layer=2)
+    rows, first = int32(6, 7, shape=(1, 2)), int32(0, 5, shape=(2,))
+    scores = REFERENCE.random_scores(random, 4, rows, 8, first, draw=1)
+    assert scores.shape == (2, 4, 2, 8)
+    alone = REFERENCE.random_scores(random, 4, rows - 5, 3, int32(0, shape=(1,)), draw=1)
+    assert torch.equal(scores[1:, ..., 5:], alone)
+    assert not torch.equal(scores[:1], REFERENCE.random_scores(random, 4, rows, 8, first[:1]))

@@ -6,7 +6,7 @@ import torch
 from sah_core import Allowed, Inputs
 from sah_core.attention import layer_info
 from sah_core.ops import Ops
-from sah_core.state import GrowingBuffer
+from sah_core.state import GrowingBuffer, TokenBuffer
 
 pytestmark = pytest.mark.unit
 
@@ -101,3 +101,31 @@ def test_a_layer_tells_its_shapes_its_padding_and_its_ops(first):
     assert info.device == torch.device("cpu")
     assert info.ops is ops
     assert (info.first is None) == (first != (0, 3))
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_tokens_are_written_at_their_index_wherever_it_lives(shape):
+    buffer = TokenBuffer((2, 2, 4, *shape), torch.float32, "cpu")
+    numbers = torch.rand(2, 2, 11, *shape)
+    buffer.write(numbers[:, :, :3], 0)
+    buffer.write(numbers[:, :, 3:9], 3)
+    buffer.reserve(12)
+    for index in (9, 10):
+        buffer.write(numbers[:, :, index : index + 1], torch.tensor([index], dtype=torch.int32))
+    assert torch.equal(buffer.first(11), numbers)
+    token = buffer.snapshot()
+    buffer.write(torch.zeros(2, 2, 1, *shape), 11)
+    buffer.restore(token)
+    assert torch.equal(buffer.first(11), numbers)
+
+
+def test_a_token_buffer_makes_room_ahead_and_copies_at_most_once_per_doubling():
+    buffer = TokenBuffer((1, 1, 0), torch.uint8, "cpu")
+    places = set()
+    for index in range(64):
+        buffer.write(torch.full((1, 1, 1), index, dtype=torch.uint8), index)
+        places.add(buffer.data.shape[2])
+    assert len(places) <= 8
+    assert buffer.first(64).flatten().tolist() == list(range(64))
+    buffer.reserve(500)
+    assert buffer.first(500).shape[2] == 500

@@ -20,6 +20,9 @@ PIPELINES = (
     "sink(4) | local(0.1) | quest(heavy_size=0.3, page_size=4)",
     "sink(4) | quest(heavy_size=16, page_size=4, group_reduction=sum) | oracle-top-k(0.1)",
     "oracle-top-k(0.2) @ dense_layers=[0]",
+    "sink(2) | oracle-top-p(0.7, max_size=24)",
+    "sink(2) | value-aware-top-k(0.2)",
+    "local(4) | random-sampling(0.2)",
 )
 
 
@@ -63,6 +66,24 @@ def test_more_tokens_than_room_are_refused(adapter: HuggingFaceAdapter) -> None:
     loop.generate(2)
     with pytest.raises(UnsupportedError, match="more than 2 tokens"):
         loop.step()
+
+
+def test_a_selection_without_a_bound_is_refused(adapter: HuggingFaceAdapter) -> None:
+    with pytest.raises(UnsupportedError, match="give it a max_size"):
+        adapter.capture_decode(adapter.prefill(request()), "oracle-top-p(0.7)")
+
+
+@pytest.mark.parametrize("pipeline", ["value-aware-top-k(8)", "quest(16, page_size=4)"])
+def test_states_make_room_for_the_tokens_to_come(
+    adapter: HuggingFaceAdapter, pipeline: str
+) -> None:
+    new = 6
+    options = {"max_new_tokens": new, "eos_token_id": [10**6]}
+    prefilled = adapter.prefill(request())
+    eager = adapter.answer(prefilled, pipeline, options, indices=[0]).details[0].token_ids
+    loop = adapter.capture_decode(adapter.prefill(request()), pipeline, room=2000)
+    first = int(loop.token)
+    assert (first, *loop.generate(new - 1)[0]) == eager
 
 
 def test_eos_ends_a_sequence(adapter: HuggingFaceAdapter) -> None:

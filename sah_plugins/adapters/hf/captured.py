@@ -56,10 +56,10 @@ class CapturedDecode:
                 what="observers in captured decoding", reason="they run on the host"
             )
         for step in session.pipeline.steps:
-            if step.capabilities.unbounded:
+            if step.capabilities.unbounded and getattr(step, "max_size", None) is None:
                 raise UnsupportedError(
                     what=f"masker {step.name!r} in captured decoding",
-                    reason="its selection has no bound that the host knows",
+                    reason="its selection has no bound that the host knows; give it a max_size",
                 )
         self.model, self.session, self.kv_cache = model, session, kv_cache
         self.capture = compat.Capture(kv_cache, token.shape[0], room + WARM_UP + 1, first)

@@ -1,0 +1,145 @@
+"""What maskers that look at every key, or draw from what is left, have in common.
+
+Rows in pieces that bound the memory of scores, what is left to choose from, random choices without
+replacement, and the count of rows that wanted more keys than ``max_size`` gives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from sah_core.allowed import Allowed
+from sah_core.inputs import Inputs
+from sah_core.mask import Mask
+
+SCORE_BYTES = 64 * 2**20
+"""Scores held at once: more query rows than fit are scored in pieces."""
+
+OVERFLOW = "overflow"
+"""Key in ``Inputs.request_state`` under which rows that overflow are counted."""
+
+
+def row_pieces(
+    inputs: Inputs, previous: Mask, bytes_per_key: int = 4
+) -> Iterator[tuple[Inputs, Mask]]:
+    """The call and the mask so far, in pieces of query rows whose scores fit into `SCORE_BYTES`.
+
+    Args:
+        inputs: The attention call.
+        previous: The mask so far.
+        bytes_per_key: What the scores of one key for one query row and head take.
+    """
+    row_bytes = bytes_per_key * inputs.batch * inputs.heads * inputs.capacity
+    step = max(1, SCORE_BYTES // max(1, row_bytes))
+    if step >= inputs.query_len:
+        yield inputs, previous
+        return
+    for begin in range(0, inputs.query_len, step):
+        end = min(begin + step, inputs.query_len)
+        yield inputs.rows(begin, end), previous.rows(begin, end)
+
+
+def join_rows(parts: Sequence[Tensor], fill: float = -1) -> Tensor:
+    """Put pieces ``(batch, heads, rows, entries)`` together, the shorter ones padded with ``fill``.
+
+    A single piece is returned as it is.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.shape[-1] for part in parts)
+    padded = [
+        torch.nn.functional.pad(part, (0, width - part.shape[-1]), value=fill) for part in parts
+    ]
+    return torch.cat(padded, dim=2)
+
+
+def residual_scores(scores: Tensor, inputs: Inputs, previous: Mask) -> Tensor:
+    """Scores with -inf at keys that a foreign mask forbids or that are selected by index.
+
+    Limits and ranges are left to `Ops.masked_topk` and `Ops.masked_topp`, which take them as
+    ``start``, ``stop`` and ``taken``.
+    """
+    if inputs.allowed.keep is not None:
+        scores = scores.masked_fill(~inputs.allowed.keep, float("-inf"))
+    if previous.selected is not None or previous.dense is not None:
+        rest = attrs.evolve(previous, ranges=())
+        scores = rest.exclude_from(scores)
+    return scores
+
+
+def residual_count(previous: Mask, allowed: Allowed) -> Tensor:
+    """Allowed keys that are not selected yet per row, int64 that broadcasts to the rows.
+
+    Costs what the mask so far costs to count: nothing of the size of the keys unless it is dense.
+    """
+    chosen, total = previous.counts(allowed)
+    return total - chosen
+
+
+def sample(
+    inputs: Inputs, previous: Mask, count: Tensor, capacity: int, *, draw: int = 0
+) -> Tensor:
+    """Draw keys uniformly and without replacement from what ``previous`` leaves.
+
+    Every (sequence, query head, query row) draws for itself. The keys of the greatest random
+    numbers are taken, so that a sample depends on the positions alone and not on how keys came.
+
+    Args:
+        inputs: The attention call, perhaps with narrower limits than the mask has.
+        previous: The mask so far.
+        count: Keys to draw per row, int32 broadcastable to ``(batch, heads, query_len)``, at most
+            what is left.
+        capacity: Entries per row in the result; at least every count.
+        draw: Distinguishes several samples at one place.
+
+    Returns:
+        int32 indices ``(batch, heads, query_len, capacity)``, -1 past the sample.
+    """
+    allowed = inputs.allowed
+    scores = inputs.ops.random_scores(
+        inputs.random,
+        inputs.heads,
+        inputs.query_position,
+        inputs.capacity,
+        allowed.first,
+        draw=draw,
+    )
+    scores = scores.expand(inputs.batch, -1, -1, -1).contiguous()
+    indices, _ = inputs.ops.masked_topk(
+        residual_scores(scores, inputs, previous),
+        capacity,
+        count=count,
+        start=allowed.start,
+        stop=allowed.stop,
+        taken=previous.ranges,
+    )
+    return indices
+
+
+def count_overflow(inputs: Inputs, rows: Tensor) -> None:
+    """Add to the count of rows that wanted more keys than they got.
+
+    Counted on the device, per step and layer, in ``inputs.request_state``; a question that is
+    rolled back takes its counts with it.
+
+    Args:
+        inputs: The attention call.
+        rows: bool of any shape, True for each (sequence, head, query row) that overflowed.
+    """
+    counts = inputs.request_state.setdefault(OVERFLOW, {})
+    place = (inputs.random.step, inputs.layer)
+    if place not in counts:
+        counts[place] = torch.zeros((), dtype=torch.int64, device=rows.device)
+    counts[place].add_(rows.sum())
+
+
+def overflow_rows(request_state: Mapping[Any, Any]) -> int:
+    """Rows that wanted more keys than ``max_size`` gave them, over steps and layers; waits for the
+    device.
+    """
+    return sum(int(count) for count in request_state.get(OVERFLOW, {}).values())
