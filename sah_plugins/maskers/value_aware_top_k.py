@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sah_core import Inputs, Mask, Masker, Search, Size, hookimpl, param
-from sah_core.selection import join_rows, residual_scores, row_pieces
+from sah_core.choosing import add_best
 from sah_core.state import LayerInfo, TokenBuffer
 
 
@@ -53,24 +53,14 @@ class ValueAwareTopK(Masker):
 
     def add_mask(self, inputs: Inputs, previous: Mask) -> Mask:
         """Add the keys of the greatest contribution that ``previous`` does not hold yet."""
-        budget = inputs.budget(self.heavy_size)
-        if not budget.capacity or previous.is_full:
-            return previous
         norms: TokenBuffer = inputs.state
         bonus = norms.first(inputs.capacity).repeat_interleave(inputs.group, dim=1).unsqueeze(2)
-        found = []
-        for part, taken in row_pieces(inputs, previous, 8):
+
+        def score(part: Inputs) -> Tensor:
             logits = inputs.ops.logits(part.query, part.key, part.scaling, part.softcap)
-            indices, _ = inputs.ops.masked_topk(
-                residual_scores(logits + bonus, part, taken),
-                budget.capacity,
-                count=budget.count,
-                start=part.allowed.start,
-                stop=part.allowed.stop,
-                taken=taken.ranges,
-            )
-            found.append(indices)
-        return previous.union(Mask.from_indices(inputs.shape, join_rows(found)), disjoint=True)
+            return logits.add_(bonus)
+
+        return add_best(inputs, previous, self.heavy_size, score)
 
     def bytes_read(self, inputs: Inputs) -> int:
         """Every key, and the norm of every value."""

@@ -10,15 +10,16 @@ pytestmark = pytest.mark.unit
 
 def test_density_of_a_run_is_the_ratio_of_the_sums():
     samples = [
-        {"density": 0.5, "selected": 5, "allowed": 10},
-        {"density": 0.1, "selected": 10, "allowed": 100},
+        {"density": 0.5, "max_density": 0.7, "selected": 5, "allowed": 10},
+        {"density": 0.1, "max_density": 0.2, "selected": 10, "allowed": 100},
     ]
     combined = combine(registry.metrics["density"], samples)
-    assert combined == {"density": 15 / 110, "selected": 15, "allowed": 110}
+    sums = {"selected": 15, "allowed": 110}
+    assert combined == {"density": 15 / 110, "max_density": 0.7, **sums}
 
 
 def test_density_of_a_run_in_which_nothing_was_sparse_is_1():
-    none = {"density": 1.0, "selected": 0, "allowed": 0}
+    none = {"density": 1.0, "max_density": 1.0, "selected": 0, "allowed": 0}
     assert combine(registry.metrics["density"], [none, none])["density"] == 1.0
 
 

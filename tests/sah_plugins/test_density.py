@@ -72,8 +72,11 @@ def test_every_selected_key_that_may_be_attended_counts_once(case):
         whole.sah_mask_built(inputs, mask)
         selected, allowed = places(inputs, mask)
         total = [total[0] + selected, total[1] + allowed]
+        keep = inputs.allowed.to_dense(inputs.capacity).expand(inputs.shape)
+        per_row = ((mask.to_dense() > 0) & keep).sum(-1) / keep.sum(-1).clamp(min=1)
         assert one.result() == {
             "density": selected / allowed,
+            "max_density": float(per_row.max()),
             "selected": selected,
             "allowed": allowed,
         }
@@ -95,7 +98,7 @@ def test_layers_that_share_limits_and_mask_count_each():
 
 def test_nothing_sparse_is_density_one_and_reset_starts_again():
     density = Density()
-    nothing = {"density": 1.0, "selected": 0, "allowed": 0}
+    nothing = {"density": 1.0, "max_density": 1.0, "selected": 0, "allowed": 0}
     assert density.result() == nothing
     inputs = call()
     density.sah_mask_built(inputs, Mask.empty(inputs.shape))
@@ -106,10 +109,11 @@ def test_nothing_sparse_is_density_one_and_reset_starts_again():
 
 def test_results_combine_by_their_sums():
     results = [
-        {"density": 0.5, "selected": 1, "allowed": 2},
-        {"density": 0.1, "selected": 10, "allowed": 100},
+        {"density": 0.5, "max_density": 0.6, "selected": 1, "allowed": 2},
+        {"density": 0.1, "max_density": 0.9, "selected": 10, "allowed": 100},
     ]
-    assert Density.combine(results) == {"density": 11 / 102, "selected": 11, "allowed": 102}
+    combined = {"density": 11 / 102, "max_density": 0.9, "selected": 11, "allowed": 102}
+    assert Density.combine(results) == combined
     assert Density.combine([])["density"] == 1.0
 
 
@@ -134,6 +138,7 @@ def test_of_a_run_dense_layers_count_as_one_and_dense_phases_not_at_all():
                 selected += 4 * (row + 1 if layer == 1 else 2 + 3 + 2)
     assert density.result() == {
         "density": selected / allowed,
+        "max_density": 1.0,
         "selected": selected,
         "allowed": allowed,
     }
