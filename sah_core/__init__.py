@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .inputs import Inputs
     from .mask import KeyRange, Mask, Selected
     from .masker import Capabilities, Masker
+    from .measure import AttentionMetric
+    from .metric import Metric, MetricCall
     from .ops import Ops
     from .parameters import Search, Size, param
     from .patching import attach
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Allowed",
+    "AttentionMetric",
     "Backend",
     "Benchmark",
     "BrokenPluginError",
@@ -61,6 +64,8 @@ __all__ = [
     "KeyRange",
     "Mask",
     "Masker",
+    "Metric",
+    "MetricCall",
     "MissingLibraryError",
     "MissingParameterError",
     "ModelNotFoundError",
@@ -95,6 +100,7 @@ __all__ = [
 
 _MODULES = {
     "Allowed": "allowed",
+    "AttentionMetric": "measure",
     "Backend": "backend",
     "Benchmark": "benchmark",
     "Capabilities": "masker",
@@ -104,6 +110,8 @@ _MODULES = {
     "KeyRange": "mask",
     "Mask": "mask",
     "Masker": "masker",
+    "Metric": "metric",
+    "MetricCall": "metric",
     "Ops": "ops",
     "Pipeline": "pipeline",
     "Problem": "backend",

@@ -185,16 +185,16 @@ class Allowed:
         inside = (position >= self.start.unsqueeze(-1)) & (position < self.stop.unsqueeze(-1))
         return inside if self.keep is None else inside & self.keep
 
-    def rows(self, begin: int, end: int) -> Allowed:
-        """The limits of query rows ``begin`` to ``end`` (exclusive)."""
+    def rows(self, begin: int, end: int, step: int = 1) -> Allowed:
+        """The limits of each ``step``-th query row from ``begin`` to ``end`` (exclusive)."""
 
-        def cut(tensor: Tensor, dim: int) -> Tensor:
-            return tensor if tensor.shape[dim] == 1 else tensor.narrow(dim, begin, end - begin)
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor if tensor.shape[2] == 1 else tensor[:, :, begin:end:step]
 
         return Allowed(
-            start=cut(self.start, 2),
-            stop=cut(self.stop, 2),
+            start=cut(self.start),
+            stop=cut(self.stop),
             first=self.first,
-            keep=None if self.keep is None else cut(self.keep, 2),
+            keep=None if self.keep is None else cut(self.keep),
             known_first=self.known_first,
         )

@@ -291,17 +291,19 @@ class MissingParameterError(ParameterError):
 
 @attrs.define
 class PipelineSyntaxError(SahError, ValueError):
-    """A pipeline text does not parse.
+    """The text of a pipeline, or of a metric with its parameters, does not parse.
 
     Attributes:
         text: the whole text.
         position: the index in `text` at which parsing stopped.
         expected: what could have stood there, in words.
+        what: what the text stands for: ``pipeline`` or ``metric``.
     """
 
     text: str
     position: int
     expected: str
+    what: str = "pipeline"
 
     @property
     def found(self) -> str:
@@ -318,7 +320,7 @@ class PipelineSyntaxError(SahError, ValueError):
 
     def __str__(self) -> str:
         return (
-            f"pipeline {short_repr(self.text)}: found {self.found} at column "
+            f"{self.what} {short_repr(self.text)}: found {self.found} at column "
             f"{self.position + 1}, expected {self.expected}."
         )
 

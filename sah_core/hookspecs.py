@@ -207,14 +207,15 @@ class MetricSpec:
     def sah_metric(self) -> type[Any] | None:
         """Names the metric class of this plugin: an observer that adds up a result.
 
-        Called once, when an experiment or ``--observe`` first uses the name.
+        Called once, when an experiment or ``--metric`` first uses the name.
 
         Must not start to measure: every run makes its own instances.
 
         Returns:
-            A class made without arguments whose instances implement hooks of `ObserverSpec` and
-            have ``result() -> dict`` and ``reset()``; its ``name`` is the registered name. Exactly
-            one plugin is asked; its result is the result.
+            A class whose instances implement hooks of `ObserverSpec` and have ``result() -> dict``
+            and ``reset()``, a subclass of `Metric` as a rule; its ``name`` is the registered name.
+            It is made without arguments, or with those parameters that it declares by `param`.
+            Exactly one plugin is asked; its result is the result.
 
         Raises:
             BrokenPluginError: by the registry, if the hook is missing, raises, returns None, or

@@ -189,12 +189,14 @@ class Inputs:
         count = torch.tensor(counts, dtype=torch.int32, device=self.device).view(-1, 1, 1)
         return Budget(max(counts), count)
 
-    def rows(self, begin: int, end: int) -> Inputs:
-        """The same call for query rows ``begin`` to ``end`` (exclusive); keys stay whole."""
+    def rows(self, begin: int, end: int, step: int = 1) -> Inputs:
+        """The same call for each ``step``-th query row from ``begin`` to ``end`` (exclusive); keys
+        stay whole.
+        """
         return attrs.evolve(
             self,
-            query=self.query[:, :, begin:end],
-            allowed=self.allowed.rows(begin, end),
+            query=self.query[:, :, begin:end:step],
+            allowed=self.allowed.rows(begin, end, step),
             # positions belong to the rows of the whole call, not to the end of the keys
-            query_position=self.query_position[:, begin:end],
+            query_position=self.query_position[:, begin:end:step],
         )

@@ -269,14 +269,14 @@ class Mask:
             tensors.append(self.dense)
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
-    def rows(self, begin: int, end: int) -> Mask:
-        """The mask of query rows ``begin`` to ``end`` (exclusive)."""
+    def rows(self, begin: int, end: int, step: int = 1) -> Mask:
+        """The mask of each ``step``-th query row from ``begin`` to ``end`` (exclusive)."""
         batch, heads, query_len, key_len = self.shape
-        if begin == 0 and end == query_len:
+        if begin == 0 and end == query_len and step == 1:
             return self
 
         def cut(tensor: Tensor) -> Tensor:
-            return tensor if tensor.shape[2] == 1 else tensor.narrow(2, begin, end - begin)
+            return tensor if tensor.shape[2] == 1 else tensor[:, :, begin:end:step]
 
         ranges = tuple(
             attrs.evolve(r, start_base=cut(r.start_base), stop_base=cut(r.stop_base))
@@ -291,7 +291,8 @@ class Mask:
                 probability=None if selected.probability is None else cut(selected.probability),
             )
         dense = None if self.dense is None else cut(self.dense)
-        return Mask((batch, heads, end - begin, key_len), ranges, selected, dense, self.is_full)
+        rows = len(range(begin, end, step))
+        return Mask((batch, heads, rows, key_len), ranges, selected, dense, self.is_full)
 
     # Set operations
 

@@ -28,6 +28,7 @@ __all__ = [
     "format_call",
     "format_options",
     "format_value",
+    "parse_call",
     "parse_text",
 ]
 
@@ -80,10 +81,31 @@ def parse_text(text: str) -> ParsedText:
     return _Reader(text).pipeline()
 
 
+def parse_call(text: str, kind: str) -> ParsedStep:
+    """Takes the text of one plugin with its arguments apart, such as ``output-error(every=8)``.
+
+    Args:
+        text: the text.
+        kind: what it names, for errors.
+
+    Raises:
+        PipelineSyntaxError: saying what was found, at which column, and what was expected.
+    """
+    return _Reader(text, kind).call()
+
+
 class _Reader:
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, kind: str = "masker") -> None:
         self.text = text
+        self.kind = kind
         self.position = 0
+
+    def call(self) -> ParsedStep:
+        step = self.step()
+        self.skip()
+        if self.position < len(self.text):
+            raise self.error("'(' or the end" if self.bare_step(step, {}) else "the end")
+        return step
 
     def pipeline(self) -> ParsedText:
         steps = [self.step()]
@@ -102,7 +124,7 @@ class _Reader:
         return not options and written == step.name
 
     def step(self) -> ParsedStep:
-        name, position = self.name("a masker's name")
+        name, position = self.name(f"a {self.kind}'s name")
         positional, arguments = attrs.NOTHING, dict[str, Any]()
         if self.take("(") and not self.take(")"):
             if not self.at_named():
@@ -183,7 +205,10 @@ class _Reader:
 
     def error(self, expected: str, position: int | None = None) -> PipelineSyntaxError:
         return PipelineSyntaxError(
-            self.text, self.position if position is None else position, expected
+            self.text,
+            self.position if position is None else position,
+            expected,
+            "pipeline" if self.kind == "masker" else self.kind,
         )
 
 

@@ -8,10 +8,10 @@ single row, which says what a selection without a bound (top-p, adaptive) must m
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from sah_core import Inputs, Mask, hookimpl
+from sah_core import Inputs, Mask, Metric, hookimpl
 
 
-class Density:
+class Density(Metric):
     """Observer that counts selected and allowed (query, key) pairs."""
 
     name: ClassVar[str] = "density"
