@@ -54,6 +54,19 @@ class CellRun:
         """Which of the examples it has not answered yet."""
         return [i for i, example in enumerate(examples) if example.id not in self._kept]
 
+    def to_time(self, missing: Sequence[int], samples: int) -> list[int]:
+        """Which of the missing samples are answered without observers before they are observed.
+
+        The first ones of a cell are; samples are kept in order, so that their number says where the
+        cell stands. Nothing is done twice without observers.
+        """
+        return list(missing[: max(0, samples - len(self._kept))]) if self.observers else []
+
+    def reset(self) -> None:
+        """Start the observers from zero."""
+        for observer in self.observers.values():
+            observer.reset()
+
     def keep(self, sample: Sample) -> None:
         """Keep a sample."""
         self.cell.append(sample)

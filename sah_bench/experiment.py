@@ -33,6 +33,7 @@ from .values import Place, Values, distinct
 
 if TYPE_CHECKING:
     from sah_core.benchmark import Benchmark
+    from sah_core.metric import MetricCall
     from sah_core.pipeline import Pipeline
 
 KEYS = {
@@ -50,10 +51,12 @@ KEYS = {
     "output": "--output",
     "generation": None,
     "metrics": "--metric",
+    "timed_samples": "--timed-samples",
     "adapter": "--adapter",
 }
 """The keys of an experiment file, and the flag that says the same."""
 
+TIMED_SAMPLES = 8
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -79,7 +82,9 @@ class Experiment:
         pipelines: The pipelines, all different.
         benchmarks: The benchmarks with their tasks.
         adapter: Registered name of the adapter.
-        metrics: Registered names of the observers whose results are kept per sample.
+        metrics: The observers whose results are kept per sample.
+        timed_samples: Samples per cell that are answered once more without observers, since seconds
+            come from such passes only; without metrics every pass is one.
         seed: Seed of the examples, and of sampled generation.
         limit: The most examples per task; None for all.
         max_context_length: The most tokens of a prompt; a longer one is cut as the benchmark says.
@@ -94,7 +99,8 @@ class Experiment:
     pipelines: tuple[Pipeline, ...]
     benchmarks: tuple[BenchmarkPlan, ...]
     adapter: str = "hf"
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[MetricCall, ...] = ()
+    timed_samples: int = TIMED_SAMPLES
     seed: int = 0
     limit: int | None = None
     max_context_length: int | None = None
@@ -178,12 +184,14 @@ def resolve(
     values = Values(document or {}, path, flags or {}, KEYS)
     values.check_keys()
     pipelines = _pipelines(values)
+    timed = values.number("timed_samples", minimum=0)
     experiment = Experiment(
         models=_models(values),
         pipelines=pipelines,
         benchmarks=_benchmarks(values, settings),
         adapter=_plugin_name(values, "adapter", registry.adapters, "hf"),
         metrics=_metrics(values),
+        timed_samples=TIMED_SAMPLES if timed is None else timed,
         seed=values.number("seed", minimum=0) or 0,
         limit=values.number("limit", minimum=1),
         max_context_length=values.number("max_context_length", minimum=1),
@@ -354,16 +362,17 @@ def _overrides(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _metrics(values: Values) -> tuple[str, ...]:
+def _metrics(values: Values) -> tuple[MetricCall, ...]:
+    from sah_core.metric import MetricCall
+
     value, _ = values.get("metrics")
     if value is None:
-        return ("density",) if "density" in registry.metrics else ()
-    names = []
-    for name, place in values.items("metrics"):
+        return (MetricCall("density"),) if "density" in registry.metrics else ()
+    found = []
+    for source, place in values.items("metrics"):
         with place.naming_errors():
-            registry.metrics[name]
-        names.append((name, place))
-    return distinct(names, lambda name: name)
+            found.append((MetricCall.parse(source), place))
+    return distinct(found, lambda metric: metric.name)
 
 
 def _plugin_name(values: Values, key: str, kind: Any, default: str) -> str:

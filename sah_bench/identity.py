@@ -65,7 +65,7 @@ def cell_identity(
             "max_new_tokens": experiment.max_new_tokens,
         },
         "max_context_length": experiment.max_context_length,
-        "metrics": sorted(experiment.metrics),
+        "metrics": sorted(metric.text for metric in experiment.metrics),
         "plugins": plugin_versions(experiment, plan, pipeline),
     }
 
@@ -77,7 +77,7 @@ def plugin_versions(
     used: list[tuple[Kind[Any], str]] = [
         (registry.adapters, experiment.adapter),
         (registry.benchmarks, registry.benchmarks.name_of(type(plan.benchmark))),
-        *((registry.metrics, name) for name in experiment.metrics),
+        *((registry.metrics, metric.name) for metric in experiment.metrics),
         *((registry.maskers, registry.maskers.name_of(type(step))) for step in pipeline.steps),
     ]
     if pipeline.backend != "auto":

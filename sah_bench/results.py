@@ -32,8 +32,12 @@ class CellResult:
         main_score: Name of the score that tables show.
         score: That score, a percentage; None if there is none.
         density: Selected over allowed keys; None if it was not observed.
-        prefill_seconds: Mean over contexts of the time to prefill one.
-        decode_seconds: Mean over samples of the time for question and answer.
+        observed: Means of the other metrics, by name; of those that have one.
+        prefill_seconds: Mean over contexts of the time to prefill one, without observers.
+        decode_seconds: Mean over the timed samples of the time for question and answer, without
+            observers.
+        timed: Samples that were timed.
+        differing: Timed samples whose timed answer is not the observed one.
         saving: ``none``, ``simulated`` or ``realised``.
         message: Why it failed, on one line.
         bad_input: It failed for what was asked, not for a fault.
@@ -50,8 +54,11 @@ class CellResult:
     main_score: str
     score: float | None = None
     density: float | None = None
+    observed: Mapping[str, float] = attrs.field(factory=dict)
     prefill_seconds: float | None = None
     decode_seconds: float | None = None
+    timed: int = 0
+    differing: int = 0
     saving: str = "none"
     message: str = ""
     bad_input: bool = False
@@ -88,8 +95,10 @@ def metrics_of(
         "main_score": plan.benchmark.main_score,
         "complete": complete,
         "micro_metrics": {
-            name: combine(registry.metrics[name], [row["metrics"][name] for row in cell.micro])
-            for name in experiment.metrics
+            metric.name: combine(
+                registry.metrics[metric.name], [row["metrics"][metric.name] for row in cell.micro]
+            )
+            for metric in experiment.metrics
         },
         "backends": backends,
         "saving": saving(pipeline, backends),
@@ -134,11 +143,13 @@ def result_of(
     """The row of a cell, from what its folder holds."""
     metrics = cell.metrics or {}
     main_score = plan.benchmark.main_score
-    density = metrics.get("micro_metrics", {}).get("density", {}).get("density")
+    observed = metrics.get("micro_metrics", {})
     contexts = {
         row["context_id"]: timing["prefill"]
         for row, timing in zip(cell.records, cell.timings, strict=False)
+        if timing["prefill"] is not None
     }
+    timed = [timing for timing in cell.timings if timing["decode"] is not None]
     return CellResult(
         model=model,
         benchmark=plan.benchmark.name,
@@ -148,9 +159,16 @@ def result_of(
         samples=len(cell.records),
         main_score=main_score,
         score=metrics.get("scores", {}).get(main_score),
-        density=density,
+        density=observed.get("density", {}).get("density"),
+        observed={
+            name: result["mean"]
+            for name, result in observed.items()
+            if _is_number(result.get("mean"))
+        },
         prefill_seconds=mean(contexts.values()),
-        decode_seconds=mean(timing["decode"] for timing in cell.timings),
+        decode_seconds=mean(timing["decode"] for timing in timed),
+        timed=len(timed),
+        differing=sum(timing.get("same_tokens") is False for timing in timed),
         saving=metrics.get("saving", "none"),
         message="" if error is None else str(error.get("message", "")),
         bad_input=error is not None and error.get("kind") == "input",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
@@ -149,7 +149,7 @@ class ModelRun:
         self.reporter.expect(self._expected(tasks))
         for run in pending:
             with failing([run]):
-                run.observers = {name: registry.metrics[name]() for name in self.experiment.metrics}
+                run.observers = {call.name: call.make() for call in self.experiment.metrics}
                 run.tell("sah_run_begin", config=_config(run.cell))
         for group in _contexts(examples):
             self._run_context(task_run, group)
@@ -164,45 +164,98 @@ class ModelRun:
         with failing(shared):
             prefilled = self._prefill(task_run, group) if shared else None
             for run in shared:
-                self._answer(task_run, run, prefilled, group)
+                with failing([run]):
+                    timed = self._timed(task_run, run, prefilled, group)
+                    self._answer(task_run, run, prefilled, group, timed)
             del prefilled
         for run in waiting:
             if run.prefills_itself:
                 with failing([run]):
-                    self._answer(task_run, run, self._prefill(task_run, group, run.pipeline), group)
+                    self._run_alone(task_run, run, group)
+
+    def _run_alone(self, task_run: TaskRun, run: CellRun, group: Sequence[Example]) -> None:
+        """Answer the questions about one context in a cell whose prefill is sparse.
+
+        The prefill belongs to the first question of its context: what observers see of it counts
+        there, however often a run is begun again.
+        """
+        missing = run.missing(group)
+        is_watched = bool(run.observers) and 0 in missing
+        prefilled: Any = None
+        timed: dict[int, AnswerDetail] = {}
+        if not is_watched or run.to_time(missing, self.experiment.timed_samples):
+            prefilled = self._prefill(task_run, group, run.pipeline)
+            timed = self._timed(task_run, run, prefilled, group)
+        if is_watched:
+            prefilled = None  # one cache at a time
+            run.reset()
+            prefilled = self._prefill(
+                task_run, group, run.pipeline, observers=list(run.observers.values())
+            )
+        self._answer(task_run, run, prefilled, group, timed, prefill_watched=is_watched)
 
     def _prefill(
-        self, task_run: TaskRun, group: Sequence[Example], pipeline: Pipeline | None = None
+        self,
+        task_run: TaskRun,
+        group: Sequence[Example],
+        pipeline: Pipeline | None = None,
+        observers: Sequence[object] = (),
     ) -> Any:
         what = "prefill" if pipeline is None else f"prefill of {pipeline.label}"
         self.reporter.working_on(f"{self.model}, {task_run.label}: {what}")
         length = self.experiment.max_context_length
         request_kwargs = {} if length is None else {"max_context_length": length}
         request = request_of(task_run.plan, task_run.task, group)
-        return self.adapter.prefill(request, request_kwargs, pipeline=pipeline)
+        return self.adapter.prefill(
+            request, request_kwargs, pipeline=pipeline, observers=list(observers)
+        )
+
+    def _timed(
+        self, task_run: TaskRun, run: CellRun, prefilled: Any, group: Sequence[Example]
+    ) -> dict[int, AnswerDetail]:
+        """Answer the first samples of a cell without observers: their seconds are what counts."""
+        indices = run.to_time(run.missing(group), self.experiment.timed_samples)
+        if indices:
+            label = run.pipeline.label
+            self.reporter.working_on(f"{self.model}, {task_run.label}: {label}, timed")
+        return {index: self._ask(run, prefilled, group, index) for index in indices}
 
     def _answer(
-        self, task_run: TaskRun, run: CellRun, prefilled: Any, group: Sequence[Example]
-    ) -> None:
-        self.reporter.working_on(f"{self.model}, {task_run.label}: {run.pipeline.label}")
-        with failing([run]):
-            for index in run.missing(group):
-                sample = self._sample(task_run, run, prefilled, group, index)
-                run.keep(sample)
-                self.made += 1
-                self.reporter.advance()
-
-    def _sample(
         self,
         task_run: TaskRun,
         run: CellRun,
         prefilled: Any,
         group: Sequence[Example],
+        timed: Mapping[int, AnswerDetail],
+        *,
+        prefill_watched: bool = False,
+    ) -> None:
+        """Answer what a cell misses, under its observers, and keep it."""
+        self.reporter.working_on(f"{self.model}, {task_run.label}: {run.pipeline.label}")
+        for index in run.missing(group):
+            if index or not prefill_watched:
+                run.reset()
+            observers = list(run.observers.values())
+            detail = self._ask(run, prefilled, group, index, observers)
+            timing = timing_of(
+                detail,
+                timed.get(index) if observers else detail,
+                prefill_is_timed=not prefill_watched,
+            )
+            scores = task_run.plan.benchmark.score(group[index], detail.text)
+            run.keep(sample_of(group[index], detail, scores, run.observers, timing))
+            self.made += 1
+            self.reporter.advance()
+
+    def _ask(
+        self,
+        run: CellRun,
+        prefilled: Any,
+        group: Sequence[Example],
         index: int,
-    ) -> Sample:
+        observers: Sequence[object] = (),
+    ) -> AnswerDetail:
         example = group[index]
-        for observer in run.observers.values():
-            observer.reset()
         generation = dict(self.experiment.generation)
         generation["max_new_tokens"] = self.experiment.max_new_tokens or example.max_new_tokens
         if generation.get("do_sample"):
@@ -211,17 +264,12 @@ class ModelRun:
             prefilled,
             run.pipeline,
             generation,
-            observers=list(run.observers.values()),
+            observers=list(observers),
             indices=[index],
         )
+        detail: AnswerDetail
         [detail] = response.details
-        scores = task_run.plan.benchmark.score(example, detail.text)
-        return sample_of(
-            example,
-            detail,
-            scores,
-            {name: observer.result() for name, observer in run.observers.items()},
-        )
+        return detail
 
     def _finish(self, task_run: TaskRun, run: CellRun, *, complete: bool) -> None:
         metrics = metrics_of(
@@ -274,9 +322,11 @@ def sample_of(
     example: Example,
     detail: AnswerDetail,
     scores: dict[str, float],
-    metrics: dict[str, Any],
+    observers: Mapping[str, Any],
+    timing: Mapping[str, Any],
 ) -> Sample:
     """What is kept of an answer; the context is not, for it can be made again."""
+    metrics = {name: observer.result() for name, observer in observers.items()}
     return Sample(
         id=example.id,
         record={
@@ -292,8 +342,37 @@ def sample_of(
             "finished": detail.finished,
         },
         micro={"metrics": metrics, "backends": sorted(detail.backends)},
-        timing={"prefill": detail.seconds_prefill, "decode": detail.seconds_decode},
+        timing=timing,
+        observed={
+            name: observer.records()
+            for name, observer in observers.items()
+            if hasattr(observer, "records")
+        },
     )
+
+
+def timing_of(
+    detail: AnswerDetail, timed: AnswerDetail | None, *, prefill_is_timed: bool = True
+) -> dict[str, Any]:
+    """The seconds of an answer, all of them from passes without observers.
+
+    Args:
+        detail: The answer that is kept.
+        timed: The answer of a pass without observers, which may be the same one; None if there was
+            no such pass: there are no seconds then.
+        prefill_is_timed: The kept answer's prefill ran without observers.
+    """
+    prefill = timed or (detail if prefill_is_timed else None)
+    timing: dict[str, Any] = {
+        "prefill": None if prefill is None else prefill.seconds_prefill,
+        "index": None if timed is None else timed.seconds_index,
+        "first_token": None if timed is None else timed.seconds_first_token,
+        "decode": None if timed is None else timed.seconds_decode,
+    }
+    if timed is not None and timed is not detail:
+        # A greedy answer is the same with and without observers; anything else is worth a look.
+        timing["same_tokens"] = timed.token_ids == detail.token_ids
+    return timing
 
 
 def exit_code(results: Sequence[CellResult]) -> Literal[0, 1, 2]:

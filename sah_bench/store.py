@@ -6,6 +6,7 @@ change its numbers. Its folder holds
     config.json          what the cell is, and on which machines and libraries its samples were made
     samples.jsonl        one line per sample: prediction, references, scores
     micro_metrics.jsonl  one line per sample: results of the observers, such as density
+    records/             per metric that keeps single observations: one line for each
     timings.jsonl        one line per sample: seconds; only this differs between equal runs
     metrics.json         written last, in one step: the cell is done
     error.json           only if the cell failed: the error and its traceback
@@ -18,7 +19,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from sah_core.errors import OutputFolderError
 SAMPLES = "samples.jsonl"
 MICRO_METRICS = "micro_metrics.jsonl"
 TIMINGS = "timings.jsonl"
+RECORDS = "records"
 CONFIG = "config.json"
 METRICS = "metrics.json"
 ERROR = "error.json"
@@ -58,12 +60,13 @@ def slug(text: str) -> str:
 
 @attrs.frozen(kw_only=True)
 class Sample:
-    """What is kept of one answered example."""
+    """What is kept of one answered example; ``observed`` are single observations, by metric."""
 
     id: str
     record: Mapping[str, Any]
     micro: Mapping[str, Any]
     timing: Mapping[str, Any]
+    observed: Mapping[str, Sequence[Mapping[str, Any]]] = attrs.field(factory=dict)
 
 
 @attrs.define(kw_only=True)
@@ -163,21 +166,33 @@ class Cell:
         Raises:
             ValueError: A value is NaN or infinite.
         """
+        observed = {
+            name: b"".join(_line({"id": sample.id, **row}) for row in rows)
+            for name, rows in sample.observed.items()
+        }
+        sizes = {"record_bytes": {name: len(text) for name, text in observed.items()}}
+        micro = {"id": sample.id, **sample.micro, **(sizes if observed else {})}
         rows = (
             (TIMINGS, self.timings, {"id": sample.id, **sample.timing}),
-            (MICRO_METRICS, self.micro, {"id": sample.id, **sample.micro}),
+            (MICRO_METRICS, self.micro, micro),
             # Last: a sample counts as kept once it stands here, so the others must stand by then.
             (SAMPLES, self.records, {"id": sample.id, **sample.record}),
         )
         lines = [(name, kept, row, _line(row)) for name, kept, row in rows]
         with suppress(FileNotFoundError):  # from here on the cell is not done any more
             os.unlink(self.folder / METRICS)
+        for name, text in observed.items():
+            if text:
+                path = self.records_path(name)
+                path.parent.mkdir(exist_ok=True)
+                _append(path, text)
         for name, kept, row, line in lines:
-            with (self.folder / name).open("ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            _append(self.folder / name, line)
             kept.append(row)
+
+    def records_path(self, metric: str) -> Path:
+        """The file of a metric's single observations."""
+        return self.folder / RECORDS / f"{slug(metric)}.jsonl"
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Mark the cell as done."""
@@ -223,12 +238,38 @@ class Cell:
             if record["id"] != row["id"]:
                 break
             count += 1
+        count = self._recover_records(micro.rows[:count])
         kept = {record["id"] for record in samples.rows[:count]}
         self.records, self.micro = samples.cut(count), micro.cut(count)
         seconds = 0
         while seconds < len(timings.rows) and timings.rows[seconds]["id"] in kept:
             seconds += 1
         self.timings = timings.cut(seconds)
+
+    def _recover_records(self, micro: Sequence[Mapping[str, Any]]) -> int:
+        """Cut off single observations of samples that are not kept.
+
+        Args:
+            micro: What was kept of the samples.
+
+        Returns:
+            How many of the samples have all their observations.
+        """
+        paths = list((self.folder / RECORDS).glob("*.jsonl"))
+        there = {path: path.stat().st_size for path in paths}
+        ends: list[dict[Path, int]] = [{}]
+        for row in micro:
+            sizes = row.get("record_bytes", {})
+            end = {**ends[-1]}
+            for name, size in sizes.items():
+                path = self.records_path(name)
+                end[path] = end.get(path, 0) + size
+            if any(size > there.get(path, 0) for path, size in end.items()):
+                break
+            ends.append(end)
+        for path, size in there.items():
+            _cut(path, min(size, ends[-1].get(path, 0)))
+        return len(ends) - 1
 
 
 @attrs.define
@@ -257,11 +298,24 @@ class _Lines:
     def cut(self, count: int) -> list[dict[str, Any]]:
         """Shorten the file to its first lines, and return them."""
         size = self.ends[count - 1] if count else 0
-        if self.path.exists() and self.path.stat().st_size > size:
-            with self.path.open("r+b") as file:
-                file.truncate(size)
-                os.fsync(file.fileno())
+        if self.path.exists():
+            _cut(self.path, size)
         return self.rows[:count]
+
+
+def _append(path: Path, text: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut(path: Path, size: int) -> None:
+    """Shorten a file; one that is short enough is left alone."""
+    if path.stat().st_size > size:
+        with path.open("r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
 
 
 def find_folder(root: Path, cell_id: str) -> Path | None:

@@ -69,6 +69,10 @@ def _columns(results: Sequence[CellResult]) -> dict[str, list[str]]:
         "pipeline": [result.pipeline for result in results],
         header: scores,
         "density": [_number(result.density, ".4f") for result in results],
+        **{
+            name: [_number(result.observed.get(name), ".4f") for result in results]
+            for name in dict.fromkeys(name for result in results for name in result.observed)
+        },
         "prefill s": [_number(result.prefill_seconds, ".2f") for result in results],
         "decode s": [_number(result.decode_seconds, ".2f") for result in results],
         "n": [str(result.samples) for result in results],
@@ -86,17 +90,40 @@ def print_results(results: Sequence[CellResult], output: Any, console: Console) 
     console.print(results_table(results))
     console.print(
         "prefill s: mean time to read one context, which its questions share; "
-        "decode s: mean time per question, its answer included; n: questions.",
+        "decode s: mean time per question, its answer included; n: questions."
+        + _timed_note(results),
         style="dim",
     )
     for result in results:
+        if result.differing:
+            console.print(
+                f"{_place(result)}: {result.differing} of {result.timed} timed answers differ from "
+                "the observed ones (same_tokens in timings.jsonl).",
+                markup=False,
+                soft_wrap=True,
+                style="yellow",
+            )
+    for result in results:
         if result.status == "failed":
-            place = f"{result.model}, {result.benchmark} {result.task}, {result.pipeline}"
-            line = f"failed: {place}: {result.message}"
+            line = f"failed: {_place(result)}: {result.message}"
             if not result.bad_input:
                 line += f" (traceback: {result.folder / 'error.json'})"
             console.print(line, markup=False, soft_wrap=True, style="red")
     console.print(f"results: {output}", markup=False, soft_wrap=True)
+
+
+def _place(result: CellResult) -> str:
+    return f"{result.model}, {result.benchmark} {result.task}, {result.pipeline}"
+
+
+def _timed_note(results: Sequence[CellResult]) -> str:
+    """How many answers the seconds are of, where it is not all of them."""
+    parts = [result for result in results if result.timed < result.samples]
+    if not parts:
+        return ""
+    least, most = min(r.timed for r in parts), max(r.timed for r in parts)
+    count = f"{least}" if least == most else f"{least} to {most}"
+    return f" seconds are of the first {count} questions, answered without observers."
 
 
 def _number(value: float | None, form: str) -> str:

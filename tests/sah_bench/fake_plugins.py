@@ -34,15 +34,20 @@ class FakeAdapter:
     def identity(self):
         return {"model": self.model_name, "weights": "w" * 8, "dtype": self.dtype}
 
-    def prefill(self, request, request_kwargs=None, pipeline=None):
+    def prefill(self, request, request_kwargs=None, pipeline=None, *, observers=()):
         label = None if pipeline is None else pipeline.text
-        self.calls.append(("prefill", request.context, label, dict(request_kwargs or {})))
+        for observer in observers:
+            if isinstance(observer, Asked):
+                observer.see("prefill", request.context)
+        kind = "watched prefill" if observers else "prefill"
+        self.calls.append((kind, request.context, label, dict(request_kwargs or {})))
         if "too long" in request.context:
             raise ContextTooLongError(9000, 8192, "model 'fake'")
         return SimpleNamespace(request=request, seconds=time.perf_counter())
 
     def answer(self, prefilled, pipeline, generation_kwargs=None, *, observers=(), indices=None):
-        self.calls.append(("answer", pipeline.text, tuple(indices), dict(generation_kwargs)))
+        kind = "watched answer" if observers else "answer"
+        self.calls.append((kind, pipeline.text, tuple(indices), dict(generation_kwargs)))
         generation_kwargs["max_new_tokens"] = 1  # a runner must hand out its dicts as copies
         time.sleep(float(os.environ.get("FAKE_SECONDS", "0")))
         if "sink_size=13" in pipeline.text:
@@ -52,15 +57,17 @@ class FakeAdapter:
         for observer in observers:
             if isinstance(observer, Asked):
                 observer.questions += 1
+                observer.see("answer", prefilled.request.questions[indices[0]])
         details = tuple(
             AnswerDetail(
                 text=prefilled.request.questions[i][::-1] if pipeline.is_dense else "no",
-                token_ids=(1, 2),
+                token_ids=(1, 2) if observers or "sink_size=15" not in pipeline.text else (1, 3),
                 prompt_tokens=12,
                 context_tokens=10,
                 new_tokens=2,
                 seconds_prefill=1.5,
-                seconds_decode=time.perf_counter(),
+                seconds_decode=99.0 if observers else 2.0,
+                seconds_first_token=0.5,
                 finished="eos",
                 backends=() if pipeline.is_dense else ("gather",),
             )
@@ -108,13 +115,23 @@ class Quiz(Benchmark):
         return "1"
 
 
+@attrs.define(kw_only=True, eq=False)
 class Asked:
-    """Counts questions."""
+    """Counts questions and keeps what it was shown."""
 
     name: ClassVar[str] = "asked"
 
-    def __init__(self):
-        self.begun = self.questions = 0
+    most: int = param(2, minimum=0, help="records kept per sample")
+    begun: int = attrs.field(default=0, init=False)
+    questions: int = attrs.field(default=0, init=False)
+    seen: list = attrs.field(factory=list, init=False)
+
+    def see(self, what, text):
+        if len(self.seen) < self.most:
+            self.seen.append({"what": what, "text": text})
+
+    def records(self):
+        return self.seen
 
     @hookimpl
     def sah_run_begin(self, config):
@@ -123,6 +140,7 @@ class Asked:
 
     def reset(self):
         self.questions = 0
+        self.seen = []
 
     def result(self):
         return {"questions": self.questions}

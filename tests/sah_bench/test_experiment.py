@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from sah_bench.experiment import load_document, resolve
+from sah_core import MetricCall
 from sah_core.errors import ExperimentError, OutputFolderError
 
 pytestmark = pytest.mark.unit
@@ -42,7 +43,7 @@ def test_example_resolves():
         "sink(128) | local(128) | oracle-top-k(heavy_size=0.05)",
     ]
     assert experiment.benchmarks[0].tasks == ("4096",)
-    assert experiment.metrics == ("density",)
+    assert experiment.metrics == (MetricCall("density"),)
 
 
 def test_all_tasks_run_unless_some_are_named(document):
@@ -124,6 +125,10 @@ def test_backend_goes_to_the_sparse_pipelines_that_name_none(document):
         ("backend", "gathr", "e.yaml: backend: no backend named 'gathr'. did you mean 'gather'?"),
         ("adapter", "fke", "e.yaml: adapter: no adapter named 'fke'."),
         ("metrics", ["densty"], "e.yaml: metrics[0]: no metric named 'densty'."),
+        ("metrics", ["mass(every=0)"], "e.yaml: metrics[0]: mass: every = 0 is not allowed"),
+        ("metrics", ["mass", "mass(2)"], "e.yaml: metrics[1]: 'mass' is given twice as metrics[0]"),
+        ("metrics", ["mass("], "e.yaml: metrics[0]: metric 'mass(': found the end of the text"),
+        ("timed_samples", -1, "e.yaml: timed_samples: -1 is not allowed: expected an integer >= 0"),
         ("generation", {"max_new_tokens": 3}, "e.yaml: generation: max_new_tokens does not stand"),
         ("generation", ["x"], "e.yaml: generation: ['x'] is not allowed: expected a mapping"),
         ("generation", {"a": float("nan")}, "e.yaml: generation: the values must be plain data"),

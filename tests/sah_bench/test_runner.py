@@ -7,6 +7,7 @@ import time
 
 import attrs
 import pytest
+import torch
 from click.testing import CliRunner
 
 from sah_bench.cli import main
@@ -48,6 +49,7 @@ def experiment(fakes, tmp_path):
             "benchmarks": ["quiz(contexts=2)"],
             "tasks": ["easy"],
             "metrics": ["asked", "density"],
+            "timed_samples": 0,
             "output": str(tmp_path / "results"),
             **changes,
         }
@@ -75,7 +77,7 @@ def run(experiment, **options):
 
 
 def calls(fakes, kind):
-    return [call for call in fakes.FakeAdapter.calls if call[0] == kind]
+    return [call for call in fakes.FakeAdapter.calls if call[0].removeprefix("watched ") == kind]
 
 
 def rows(result, name="samples.jsonl"):
@@ -83,7 +85,7 @@ def rows(result, name="samples.jsonl"):
 
 
 def kept_bytes(folder):
-    names = ("samples.jsonl", "micro_metrics.jsonl", "metrics.json")
+    names = ("samples.jsonl", "micro_metrics.jsonl", "metrics.json", "asked.jsonl")
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for name in names
@@ -309,13 +311,116 @@ def test_observers_are_told_when_a_cell_begins(experiment, monkeypatch, fakes):
     seen = []
     init = fakes.Asked.__init__
 
-    def remember(self):
-        init(self)
+    def remember(self, **options):
+        init(self, **options)
         seen.append(self)
 
     monkeypatch.setattr(fakes.Asked, "__init__", remember)
     run(experiment())
-    assert [observer.begun for observer in seen] == [1, 1]
+    assert [observer.begun for observer in seen if observer.begun] == [1, 1]
+
+
+def timings(result):
+    return rows(result, "timings.jsonl")
+
+
+def test_seconds_come_from_answers_without_observers_to_the_first_samples(experiment, fakes):
+    dense, sparse = run(experiment(timed_samples=3))
+    for result in (dense, sparse):
+        assert [row["decode"] for row in timings(result)] == [2.0, 2.0, 2.0, None]
+        assert [row["first_token"] for row in timings(result)] == [0.5, 0.5, 0.5, None]
+        assert [row["prefill"] for row in timings(result)] == [1.5] * 4
+        assert (result.decode_seconds, result.timed) == (2.0, 3)
+    assert [call[0] for call in calls(fakes, "answer")].count("watched answer") == 8
+    assert [call[0] for call in calls(fakes, "answer")].count("answer") == 6
+
+
+def test_without_metrics_every_answer_is_timed_and_given_once(experiment, fakes):
+    dense, sparse = run(experiment(metrics=[], timed_samples=1))
+    assert {call[0] for call in calls(fakes, "answer")} == {"answer"}
+    assert len(calls(fakes, "answer")) == 8
+    assert (dense.timed, sparse.timed) == (4, 4)
+    assert all("same_tokens" not in row for row in timings(dense))
+
+
+def test_a_sparse_prefill_is_timed_apart_from_the_one_that_is_observed(experiment, fakes):
+    [result] = run(experiment(pipelines=[SPARSE_PREFILL], timed_samples=2))
+    kinds = [call[0] for call in fakes.FakeAdapter.calls[1:]]
+    first = ["prefill", "answer", "answer", "watched prefill", "watched answer", "watched answer"]
+    assert kinds == [*first, "watched prefill", "watched answer", "watched answer"]
+    assert [row["prefill"] for row in timings(result)] == [1.5, 1.5, None, None]
+    assert result.prefill_seconds == 1.5
+
+
+def test_what_is_seen_of_a_sparse_prefill_counts_with_the_first_question(experiment, fakes):
+    [result] = run(experiment(pipelines=[SPARSE_PREFILL]))
+    seen = [(row["id"], row["what"]) for row in rows(result, "records/asked.jsonl")]
+    once = [("0-0", "prefill"), ("0-0", "answer"), ("0-1", "answer")]
+    assert seen[:3] == once
+    assert [what for _, what in seen[3:]] == [what for _, what in once]
+
+
+def test_a_context_that_is_taken_up_again_observes_its_prefill_once(experiment, fakes):
+    run(experiment(pipelines=[SPARSE_PREFILL], limit=1))
+    fakes.FakeAdapter.calls.clear()
+    [result] = run(experiment(pipelines=[SPARSE_PREFILL], limit=2))
+    assert [call[0] for call in calls(fakes, "prefill")] == ["prefill"]
+    assert [row["what"] for row in rows(result, "records/asked.jsonl")] == [
+        "prefill",
+        "answer",
+        "answer",
+    ]
+    assert timings(result)[1]["prefill"] == 1.5
+
+
+def test_a_timed_answer_that_differs_from_the_observed_one_is_recorded(experiment):
+    [result] = run(experiment(pipelines=["sink(15)"], timed_samples=1))
+    assert timings(result)[0]["same_tokens"] is False
+    assert "same_tokens" not in timings(result)[1]
+    assert result.differing == 1
+    [result] = run(experiment(pipelines=[SPARSE], timed_samples=1))
+    assert timings(result)[0]["same_tokens"] is True
+    assert result.differing == 0
+
+
+def test_sampled_answers_have_one_seed_in_both_passes(experiment, monkeypatch, fakes):
+    drawn = []
+    answer = fakes.FakeAdapter.answer
+
+    def sample(self, *arguments, **options):
+        drawn.append(torch.rand(1).item())
+        return answer(self, *arguments, **options)
+
+    monkeypatch.setattr(fakes.FakeAdapter, "answer", sample)
+    plan = {"pipelines": [SPARSE], "generation": {"do_sample": True}, "limit": 1}
+    run(experiment(**plan, timed_samples=1))
+    assert len(drawn) == 2
+    assert drawn[0] == drawn[1]
+
+
+def test_how_many_samples_are_timed_changes_timings_only(experiment, tmp_path):
+    for count in (0, 3):
+        run(experiment(output=str(tmp_path / str(count)), timed_samples=count))
+    assert kept_bytes(tmp_path / "0") == kept_bytes(tmp_path / "3")
+
+
+def test_parameters_of_metrics_reach_them_and_make_another_cell(experiment):
+    [few] = run(experiment(pipelines=[SPARSE_PREFILL], metrics=["asked(1)"]))
+    [many] = run(experiment(pipelines=[SPARSE_PREFILL], metrics=[{"asked": {"most": 5}}]))
+    assert few.folder != many.folder
+    assert len(rows(few, "records/asked.jsonl")) == 4
+    assert len(rows(many, "records/asked.jsonl")) == 6
+    [again] = run(experiment(pipelines=[SPARSE_PREFILL], metrics=["asked(most=1)"]))
+    assert again.folder == few.folder
+
+
+def test_command_says_how_many_answers_the_seconds_are_of(fakes, tmp_path):
+    options = ["--pipeline", "dense", "--pipeline", "sink(15)", "--timed-samples", "3"]
+    result = CliRunner().invoke(main, arguments(tmp_path / "r", *options))
+    assert "seconds are of the first 3 questions, answered without observers" in " ".join(
+        result.stdout.split()
+    )
+    assert "sink(15): 3 of 3 timed answers differ" in result.stdout
 
 
 def test_progress_expects_what_is_missing_and_counts_it(experiment):
@@ -408,7 +513,7 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(command, tmp_
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert "/24 samples" not in stderr
-    assert len(kept_bytes(whole)) == 9
+    assert len(kept_bytes(whole)) == 12
     assert kept_bytes(killed) == kept_bytes(whole)
     timings = [path.read_text().splitlines() for path in killed.rglob("timings.jsonl")]
     assert [len(lines) for lines in timings] == [8, 8, 8]

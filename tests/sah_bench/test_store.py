@@ -2,6 +2,7 @@
 
 import json
 
+import attrs
 import pytest
 
 from sah_bench.store import Cell, Sample, canonical, content_id, find_folder, slug, write_json
@@ -134,6 +135,57 @@ def test_a_sample_without_its_micro_metrics_is_made_again(start):
     cell.append(sample("a"))
     (cell.folder / "micro_metrics.jsonl").unlink()
     assert start().ids == set()
+
+
+def observed(name, *numbers, metric="output-error"):
+    rows = [{"layer": number, "value": number / 7} for number in numbers]
+    return attrs.evolve(sample(name), observed={metric: rows})
+
+
+def test_single_observations_have_a_file_per_metric(start):
+    cell = start()
+    cell.append(observed("a", 1, 2))
+    cell.append(observed("b"))
+    cell.append(observed("c", 3, metric="other:recall"))
+    lines = (cell.folder / "records" / "output-error.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"id": "a", "layer": 1, "value": 1 / 7},
+        {"id": "a", "layer": 2, "value": 2 / 7},
+    ]
+    assert cell.records_path("other:recall").read_text().startswith('{"id": "c"')
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": "b", "lay', b'{"id": "b", "layer": 3}\n'])
+def test_observations_of_samples_that_were_not_kept_are_cut_off(start, torn):
+    cell = start()
+    cell.append(observed("a", 1, 2))
+    kept = {path: path.read_bytes() for path in cell.folder.rglob("*.jsonl")}
+    cell.append(observed("b", 3))
+    (cell.folder / "samples.jsonl").write_bytes(kept[cell.folder / "samples.jsonl"])
+    with cell.records_path("output-error").open("ab") as file:
+        file.write(torn)
+    assert start().ids == {"a"}
+    assert {path: path.read_bytes() for path in cell.folder.rglob("*.jsonl")} == kept
+
+
+def test_a_sample_without_its_observations_is_made_again(start):
+    cell = start()
+    cell.append(observed("a", 1))
+    kept = {path: path.read_bytes() for path in cell.folder.rglob("*.jsonl")}
+    cell.append(observed("b", 3))
+    path = cell.records_path("output-error")
+    path.write_bytes(path.read_bytes()[:-4])
+    assert start().ids == {"a"}
+    assert {path: path.read_bytes() for path in cell.folder.rglob("*.jsonl")} == kept
+
+
+def test_a_file_of_observations_without_samples_is_emptied(start):
+    cell = start()
+    path = cell.records_path("output-error")
+    path.parent.mkdir()
+    path.write_text("{}\n")
+    assert start().ids == set()
+    assert path.read_bytes() == b""
 
 
 def test_an_error_stays_until_the_cell_is_done(start):
