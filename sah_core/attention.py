@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def layer_info(inputs: Inputs) -> LayerInfo:
-    """What a masker may know of the layer of a call when it creates its state."""
+def layer_info(inputs: Inputs, step: int = 0, seed: int = 0) -> LayerInfo:
+    """What the masker at position ``step`` of the pipeline may know of the layer of a call when it
+    creates its state.
+    """
     padded = inputs.key_len is None or any(inputs.allowed.first_host)
     return LayerInfo(
         index=inputs.layer,
@@ -48,6 +50,7 @@ def layer_info(inputs: Inputs) -> LayerInfo:
         dtype=inputs.key.dtype,
         device=inputs.key.device,
         ops=inputs.ops,
+        random=Random(seed=seed, step=step, layer=inputs.layer),
     )
 
 
@@ -96,7 +99,7 @@ def build_mask(
         if states is not None:
             state = states.get(index)
         else:
-            state = masker.init_state(layer_info(inputs))
+            state = masker.init_state(layer_info(inputs, index, seed))
             if state is not None:
                 masker.append(state, inputs.key, inputs.value, 0)
                 context = context_only(inputs, inputs.capacity)
@@ -380,8 +383,10 @@ class Session:
     def _append(self, kept: LayerState, inputs: Inputs, upto: int) -> None:
         steps = self.pipeline.steps
         if not kept.states:
-            info = layer_info(inputs)
-            kept.states = {i: steps[i].init_state(info) for i in self._stateful}
+            seed = self.pipeline.seed
+            kept.states = {
+                i: steps[i].init_state(layer_info(inputs, i, seed)) for i in self._stateful
+            }
         if upto <= kept.seen:
             return
         key = inputs.key[:, :, kept.seen : upto]

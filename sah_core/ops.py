@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sah_core.code_ops import CodeOps
 from sah_core.mask import KeyRange, spread_heads
 from sah_core.randomness import Random
 
@@ -20,7 +21,7 @@ TOP_P_WIDTH = 256
 """Best candidates that `Ops.masked_topp` looks at first where the result has no given capacity."""
 
 
-class Ops:
+class Ops(CodeOps):
     """Reference forms in plain torch: right on every device, fast on the CPU."""
 
     def logits(

@@ -8,6 +8,8 @@ Flood: Fast splittable pseudorandom number generators, OOPSLA 2014), applied onc
 
 from __future__ import annotations
 
+import math
+
 import attrs
 import torch
 from torch import Tensor
@@ -79,3 +81,14 @@ class Random:
         """
         top = _shift_right(self.bits(heads, query_position, key_position, draw), 41)
         return (top.to(torch.float32) + 0.5) * 2.0**-23
+
+    def normal(
+        self, heads: int, query_position: Tensor, key_position: Tensor, draw: int = 0
+    ) -> Tensor:
+        """Standard normal numbers, float32; the arguments and shape are those of `bits`.
+
+        Box and Muller's transform of the draws ``2 * draw`` and ``2 * draw + 1`` of `uniform`.
+        """
+        radius = self.uniform(heads, query_position, key_position, 2 * draw)
+        angle = self.uniform(heads, query_position, key_position, 2 * draw + 1)
+        return torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)

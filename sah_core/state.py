@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sah_core.ops import REFERENCE, Ops
+from sah_core.randomness import Random
 
 
 @attrs.frozen
@@ -33,6 +34,8 @@ class LayerInfo:
         dtype: Type of the keys.
         device: Where the keys live.
         ops: Scoring primitives with which the state is kept up to date.
+        random: Random numbers of this step and layer (hyperplanes, first centroids), the same that
+            `Inputs.random` gives.
     """
 
     index: int
@@ -47,6 +50,7 @@ class LayerInfo:
     dtype: torch.dtype
     device: torch.device
     ops: Ops = REFERENCE
+    random: Random = Random()
 
 
 class State(Protocol):
@@ -121,48 +125,54 @@ class TokenBuffer:
     never grows.
 
     Args:
-        shape: ``(batch, kv_heads, capacity, ...)``.
+        shape: ``(batch, kv_heads, capacity, ...)``, or with the capacity elsewhere.
         dtype: Type of the numbers.
         device: Where they live.
+        dim: The dimension of the tokens.
 
     Attributes:
-        data: The buffer, ``shape`` or longer along dimension 2.
+        data: The buffer, ``shape`` or longer along the dimension of the tokens.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        *,
+        dim: int = 2,
     ) -> None:
-        batch, kv_heads, capacity, *rest = shape
-        self.data = torch.zeros(
-            (batch, kv_heads, max(1, capacity), *rest), dtype=dtype, device=device
-        )
+        self.dim = dim
+        sizes = list(shape)
+        sizes[dim] = max(1, sizes[dim])
+        self.data = torch.zeros(sizes, dtype=dtype, device=device)
 
     def write(self, rows: Tensor, start: int | Tensor) -> None:
         """Write tokens.
 
         Args:
-            rows: ``(batch, kv_heads, new, ...)``.
+            rows: ``shape`` with the new tokens.
             start: Index of the first of them; an int32 tensor ``(1,)`` under graph capture, where
                 there is one.
         """
         if not isinstance(start, int):
-            self.data.index_copy_(2, start.long(), rows)
+            self.data.index_copy_(self.dim, start.long(), rows)
             return
-        end = start + rows.shape[2]
-        self.reserve(end)
-        self.data[:, :, start:end] = rows
+        count = rows.shape[self.dim]
+        self.reserve(start + count)
+        self.data.narrow(self.dim, start, count).copy_(rows)
 
     def reserve(self, tokens: int) -> None:
         """Make sure that so many tokens fit, copying at most once per doubling."""
-        room = self.data.shape[2]
+        sizes = list(self.data.shape)
+        room = sizes[self.dim]
         if tokens > room:
-            more = max(tokens, 2 * room) - room
-            fresh = self.data.new_zeros((*self.data.shape[:2], more, *self.data.shape[3:]))
-            self.data = torch.cat([self.data, fresh], dim=2)
+            sizes[self.dim] = max(tokens, 2 * room) - room
+            self.data = torch.cat([self.data, self.data.new_zeros(sizes)], dim=self.dim)
 
     def first(self, count: int) -> Tensor:
         """The numbers of the first ``count`` tokens."""
-        return self.data[:, :, :count]
+        return self.data.narrow(self.dim, 0, min(count, self.data.shape[self.dim]))
 
     def snapshot(self) -> None:
         """Nothing: a token's numbers are not changed by those that come after it."""

@@ -102,3 +102,17 @@ def test_numbers_look_uniform_and_independent():
         a = centred.narrow(dim, 0, centred.shape[dim] - 1)
         b = centred.narrow(dim, 1, centred.shape[dim] - 1)
         assert abs(float((a * b).mean()) * 12) < 5 / math.sqrt(a.numel())
+
+
+def test_normal_numbers_have_the_moments_of_the_normal_distribution():
+    random = Random(seed=3, layer=2)
+    keys = torch.arange(400).view(1, 1, 1, 400)
+    numbers = random.normal(4, torch.arange(100).view(1, 100), keys).double()
+    assert torch.equal(numbers.float(), random.normal(4, torch.arange(100).view(1, 100), keys))
+    count = numbers.numel()
+    for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        mean = float((numbers**power).mean())
+        assert abs(mean - moment) < 5 * math.sqrt(variance / count)
+    assert numbers.abs().max() > 4
+    other = random.normal(4, torch.arange(100).view(1, 100), keys, draw=1)
+    assert abs(float((numbers * other).mean())) < 5 / math.sqrt(count)

@@ -6,6 +6,7 @@ import torch
 from sah_core import Allowed, Inputs
 from sah_core.attention import layer_info
 from sah_core.ops import Ops
+from sah_core.randomness import Random
 from sah_core.state import GrowingBuffer, TokenBuffer
 
 pytestmark = pytest.mark.unit
@@ -103,18 +104,19 @@ def test_a_layer_tells_its_shapes_its_padding_and_its_ops(first):
     assert (info.first is None) == (first != (0, 3))
 
 
-@pytest.mark.parametrize("shape", [(), (3,)])
-def test_tokens_are_written_at_their_index_wherever_it_lives(shape):
-    buffer = TokenBuffer((2, 2, 4, *shape), torch.float32, "cpu")
-    numbers = torch.rand(2, 2, 11, *shape)
-    buffer.write(numbers[:, :, :3], 0)
-    buffer.write(numbers[:, :, 3:9], 3)
+@pytest.mark.parametrize(("shape", "dim"), [((), 2), ((3,), 2), ((3,), 3)])
+def test_tokens_are_written_at_their_index_wherever_it_lives(shape, dim):
+    numbers = torch.rand(2, 2, 11, *shape).movedim(2, dim)
+    empty = torch.zeros(2, 2, 4, *shape).movedim(2, dim)
+    buffer = TokenBuffer(tuple(empty.shape), torch.float32, "cpu", dim=dim)
+    buffer.write(numbers.narrow(dim, 0, 3), 0)
+    buffer.write(numbers.narrow(dim, 3, 6), 3)
     buffer.reserve(12)
     for index in (9, 10):
-        buffer.write(numbers[:, :, index : index + 1], torch.tensor([index], dtype=torch.int32))
+        buffer.write(numbers.narrow(dim, index, 1), torch.tensor([index], dtype=torch.int32))
     assert torch.equal(buffer.first(11), numbers)
     token = buffer.snapshot()
-    buffer.write(torch.zeros(2, 2, 1, *shape), 11)
+    buffer.write(empty.narrow(dim, 0, 1), 11)
     buffer.restore(token)
     assert torch.equal(buffer.first(11), numbers)
 
@@ -129,3 +131,11 @@ def test_a_token_buffer_makes_room_ahead_and_copies_at_most_once_per_doubling():
     assert buffer.first(64).flatten().tolist() == list(range(64))
     buffer.reserve(500)
     assert buffer.first(500).shape[2] == 500
+
+
+def test_a_layer_tells_a_masker_the_random_numbers_of_its_step():
+    key = torch.zeros(1, 1, 3, 4)
+    inputs = Inputs(
+        query=key, key=key, value=key, allowed=Allowed.causal(3, 3), scaling=1.0, key_len=3, layer=2
+    )
+    assert layer_info(inputs, 1, 7).random == Random(seed=7, step=1, layer=2)

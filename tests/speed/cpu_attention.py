@@ -21,6 +21,7 @@ PIPELINES = (
     "sink(128) | local(128) | quest(0.05, page_size=16, group_reduction=sum)",
     "sink(128) | local(128) | quest(0.05, page_size=32, group_reduction=sum)",
     "sink(128) | local(128) | oracle-top-k(0.05)",
+    "sink(4) | local(64) | magicpig(lsh_l=150, lsh_k=10)",
 )
 
 
