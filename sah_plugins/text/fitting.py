@@ -14,6 +14,8 @@ class PromptMeter:
 
     tokenizer: Tokenizer
     chat: bool
+    bos: bool = True
+    """Whether a BOS counts, for tokenizers that have one."""
 
     def text_tokens(self, text: str) -> int:
         """Return the number of tokens of ``text`` without special tokens."""
@@ -29,7 +31,7 @@ class PromptMeter:
             )
             return self.text_tokens(rendered + answer_prefix)
         # One place is kept for a BOS, whether or not this tokenizer adds one.
-        bos = getattr(tokenizer, "bos_token_id", None) is not None
+        bos = self.bos and getattr(tokenizer, "bos_token_id", None) is not None
         return self.text_tokens(user_text + answer_prefix) + bos
 
 
@@ -46,6 +48,24 @@ def largest_size(fits: Callable[[int], bool], guess: int) -> int:
         low = start
     elif start > 0:
         return _bisect(fits, 0, start)
+    while fits(low + step):
+        low, step = low + step, 2 * step
+    return _bisect(fits, low, low + step)
+
+
+def largest_near(fits: Callable[[int], bool], guess: int) -> int:
+    """Return the largest size that fits, found in two trials if ``guess`` is right.
+
+    Args:
+        fits: whether a size fits; true up to some size, false from there on; size 0 fits.
+        guess: where to look first. The answer does not depend on it.
+    """
+    low, step = max(0, guess), 1
+    if low > 0 and not fits(low):
+        high = low
+        while (low := max(0, high - step)) > 0 and not fits(low):
+            high, step = low, 2 * step
+        return _bisect(fits, low, high)
     while fits(low + step):
         low, step = low + step, 2 * step
     return _bisect(fits, low, low + step)
