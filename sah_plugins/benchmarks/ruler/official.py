@@ -1,0 +1,449 @@
+"""Samples that are byte for byte those of the official generator, NVIDIA/RULER at commit c3f5e3b.
+
+One stream of Python's ``random``, and for variable values one of numpy's legacy ``RandomState``,
+feed the size search, each of its probes and the samples one after the other: what a sample holds
+depends on the tokenizer, the length and all samples before it. Where the official generator would
+loop without end, this one raises.
+
+Cost: a dozen prompts are made and counted to find the size, then one or more per sample.
+"""
+
+import random
+import string
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from math import pi
+from typing import Any
+
+import attrs
+
+from sah_core.errors import ParameterError
+
+from .inputs import Counter, Inputs
+from .tasks import (
+    CWE,
+    CWE_COMMON,
+    CWE_SHORT,
+    FWE,
+    FWE_ALPHA,
+    NOISE,
+    QA,
+    VT,
+    VT_HOPS,
+    ItemKind,
+    NiahTask,
+    Prompt,
+    Task,
+    chain_lines,
+    documents_text,
+    enumeration,
+    needle,
+    numbered,
+)
+
+_LAST_TRIES = 200
+"""Prompts of the smallest size that are drawn before a sample counts as impossible."""
+
+_DEPTHS = tuple(round(100 * i / 39) for i in range(40))
+"""Percent of the sentences before an essay needle: 40 values from 0 to 100."""
+
+_ZETA_2 = pi**2 / 6
+
+
+@attrs.define(kw_only=True)
+class Streams:
+    """The random state of one run of the official generator.
+
+    Attributes:
+        seed: seeds every stream.
+        vary_positions: shuffle each sample by a seed of its own. Officially all samples are
+            shuffled by one seed, so that lists of one length have the same permutation, and with it
+            gold documents and frequent words the same places.
+        index: the sample that is being made; None in the size search.
+    """
+
+    seed: int
+    vary_positions: bool = False
+    index: int | None = None
+    draw: random.Random = attrs.field(init=False)
+    numpy: Any = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        from numpy.random import RandomState
+
+        self.draw = random.Random(self.seed)
+        self.numpy = RandomState(self.seed)
+
+    def shuffle(self, items: list[Any]) -> None:
+        """Shuffle by the seed alone, whatever was drawn before."""
+        own = self.vary_positions and self.index is not None
+        random.Random(f"{self.seed}/{self.index}" if own else self.seed).shuffle(items)
+
+    def letters(self, alphabet: str, size: int) -> str:
+        """Return a random word."""
+        return "".join(self.draw.choices(alphabet, k=size))
+
+    def item(self, kind: ItemKind, keys: Callable[[], Sequence[str]]) -> str:
+        """Return a random key or value."""
+        if kind == "words":
+            return self.draw.choice(keys())
+        if kind == "numbers":
+            return str(self.draw.randint(10**6, 10**7 - 1))
+        return str(uuid.UUID(int=self.draw.getrandbits(128), version=4))
+
+    def five_digits(self) -> str:
+        """Return the value of a variable."""
+        return str(self.numpy.randint(10000, 99999))
+
+
+def official_samples(
+    task: Task, length: int, streams: Streams, count: Counter, inputs: Inputs
+) -> Iterator[Prompt]:
+    """Yield the samples of a task without end; those of qa end with the questions.
+
+    Raises:
+        ParameterError: nothing that is small enough could be drawn.
+    """
+    if isinstance(task, NiahTask):
+        maker: _Maker = _Niah(task, length, streams, count, inputs)
+    elif task.name == "vt":
+        maker = _VariableTracking(task, length, streams, count, inputs)
+    elif task.name == "cwe":
+        maker = _CommonWords(task, length, streams, count, inputs)
+    elif task.name == "fwe":
+        maker = _FrequentWords(task, length, streams, count, inputs)
+    else:
+        maker = _Questions(task, length, streams, count, inputs)
+    return maker.samples()
+
+
+class _Maker:
+    """Makes the samples of a task.
+
+    Subclasses give ``step``, by which a sample shrinks, and :meth:`prompt`. Every call of it draws
+    from the streams.
+    """
+
+    step = 10
+
+    def __init__(
+        self, task: Task, length: int, streams: Streams, count: Counter, inputs: Inputs
+    ) -> None:
+        self.task = task
+        self.length = length
+        self.room = task.max_new_tokens
+        self.streams = streams
+        self.counter = count
+        self.inputs = inputs
+
+    def count(self, prompt: Prompt) -> int:
+        """Return the tokens of a prompt."""
+        return self.counter(prompt)
+
+    def prompt(self, size: int) -> Prompt:
+        """Return a new prompt with a haystack of ``size`` units."""
+        raise NotImplementedError
+
+    def sample(self, size: int) -> Prompt:
+        """Return a new prompt as it is kept, which may have more to it than those of the search."""
+        return self.prompt(size)
+
+    def estimate(self) -> int:
+        """Return the upper end of the size search."""
+        return int(self.length / (self.count(self.prompt(self.step)) / self.step) * 3)
+
+    def samples(self) -> Iterator[Prompt]:
+        """Yield samples without end."""
+        size = self.search(self.estimate(), self.length, self.room)
+        while True:
+            self.begin_sample()
+            yield self.fitting(size)
+
+    def begin_sample(self) -> None:
+        """Note that the next sample is being made."""
+        index = self.streams.index
+        self.streams.index = 0 if index is None else index + 1
+
+    def search(self, estimate: int, limit: int, overhead: int) -> int:
+        """Return the largest size whose prompt, as drawn, fits; the step if none does."""
+        low, high, best = self.step, max(estimate, 2 * self.step), self.step
+        while low <= high:
+            middle = (low + high) // 2
+            if self.count(self.prompt(middle)) + overhead <= limit:
+                best, low = middle, middle + 1
+            else:
+                high = middle - 1
+        return best
+
+    def fitting(self, size: int) -> Prompt:
+        """Return a prompt of ``size`` units, or of the most units that come to fit."""
+        least = None
+        tries = 0
+        while tries < _LAST_TRIES:
+            try:
+                prompt = self.sample(size)
+            except ValueError:
+                # More was to be drawn than there is: the size is too small for the task.
+                pass
+            else:
+                tokens = self.count(prompt) + self.room
+                if tokens <= self.length:
+                    return prompt
+                least = tokens if least is None else min(least, tokens)
+            if size > self.step:
+                size -= self.step
+            else:
+                tries += 1
+        raise self.too_short(least)
+
+    def too_short(self, least: int | None) -> ParameterError:
+        """The error that nothing fits, where the official generator would not end."""
+        needed = "more" if least is None else f"about {least}"
+        return ParameterError(
+            "ruler",
+            "lengths",
+            self.length,
+            f"{needed} tokens for {self.task.name} with this tokenizer in mode=official, whose "
+            "generator would never end; take a longer length or mode=portable",
+        )
+
+
+class _Niah(_Maker):
+    task: NiahTask
+
+    def __init__(
+        self, task: Task, length: int, streams: Streams, count: Counter, inputs: Inputs
+    ) -> None:
+        super().__init__(task, length, streams, count, inputs)
+        self.step = 500 if self.task.haystack == "essay" else 5 if length < 4096 else 25
+
+    def prompt(self, size: int) -> Prompt:
+        task = self.task
+        pairs: list[tuple[str, list[str]]] = []
+        for _ in range(task.keys):
+            key = self._item(task.key_kind)
+            pairs.append((key, [self._item(task.value_kind) for _ in range(task.values)]))
+        needles = [needle(task.value_kind, key, v) for key, values in pairs for v in values]
+        self.streams.shuffle(needles)
+        context = (
+            self._essay(size, needles) if task.haystack == "essay" else self._lines(size, needles)
+        )
+        asked = [pairs[i] for i in self.streams.draw.sample(range(task.keys), task.queries)]
+        return task.wording.fill(
+            context,
+            tuple(value for _, values in asked for value in values),
+            noun=task.value_noun,
+            query=enumeration([key for key, _ in asked]),
+        )
+
+    def _item(self, kind: ItemKind) -> str:
+        return self.streams.item(kind, self.inputs.keys)
+
+    def _essay(self, size: int, needles: list[str]) -> str:
+        words = self.inputs.essay()
+        words = words * -(-size // len(words)) if size > len(words) else words
+        sentences = self.inputs.split(" ".join(words[:size]).strip())
+        depths = self.streams.draw.sample(_DEPTHS, len(needles))
+        places = [0, *sorted(int(len(sentences) * (depth / 100)) for depth in depths)]
+        parts = []
+        for (start, stop), sentence in zip(_pairs(places), needles, strict=True):
+            # An empty stretch of sentences leaves its space, as in the official prompts.
+            parts += [" ".join(sentences[start:stop]), sentence]
+        return " ".join([*parts, " ".join(sentences[places[-1] :])])
+
+    def _lines(self, size: int, needles: list[str]) -> str:
+        kind = self.task.value_kind
+        if self.task.haystack == "noise":
+            lines = [NOISE] * size
+        else:
+            lines = [
+                needle(kind, self._item(self.task.key_kind), self._item(kind)) for _ in range(size)
+            ]
+        places = sorted(self.streams.draw.sample(range(size), len(needles)), reverse=True)
+        for place, sentence in zip(places, needles, strict=True):
+            lines.insert(place, sentence)
+        return "\n".join(lines)
+
+
+class _VariableTracking(_Maker):
+    """One chain in noise, behind a solved example that is drawn first and then disguised."""
+
+    _EXAMPLE_LENGTH = 500
+    _EXAMPLE_VALUE = "12345"
+
+    def __init__(
+        self, task: Task, length: int, streams: Streams, count: Counter, inputs: Inputs
+    ) -> None:
+        super().__init__(task, length, streams, count, inputs)
+        self.example = ""
+        self.name_size = 5
+
+    def samples(self) -> Iterator[Prompt]:
+        """Yield samples without end, after drawing the example."""
+        self.example = self._draw_example()
+        self.step = 5 if self.length < 4096 else 10
+        example_tokens = self.counter.text(self.example)
+        estimate = self.estimate()
+        size = self.search(estimate, self.length, self.room + example_tokens)
+        while True:
+            self.begin_sample()
+            yield self.fitting(size)
+
+    def _draw_example(self) -> str:
+        self.step, self.name_size, self.room = 5, 3, 0
+        length, self.length = self.length, self._EXAMPLE_LENGTH
+        size = self.search(self.estimate(), self.length, 0)
+        try:
+            prompt = self.fitting(size)
+        finally:
+            self.length, self.name_size, self.room = length, 5, self.task.max_new_tokens
+        return f"{prompt.text} {' '.join(prompt.answers)}\n"
+
+    def count(self, prompt: Prompt) -> int:
+        """Return the tokens of a prompt; the example has no chat template around it."""
+        return self.counter(prompt) if self.example else self.counter.text(prompt.text)
+
+    def sample(self, size: int) -> Prompt:
+        """Return a prompt behind the example."""
+        if not self.example:
+            return self.prompt(size)
+        prompt = self.prompt(size)
+        return attrs.evolve(prompt, context=f"{self._disguised_example()}\n{prompt.context}")
+
+    def prompt(self, size: int) -> Prompt:
+        """Return a prompt without the example."""
+        names = self._names()
+        value = self.streams.five_digits() if self.name_size == 5 else self._EXAMPLE_VALUE
+        chain = chain_lines(names, value)
+        lines = [NOISE] * size
+        places = sorted(self.streams.draw.sample(range(size), len(chain)))
+        for number, (place, line) in enumerate(zip(places, chain, strict=True)):
+            lines.insert(place + number, line)
+        context = "\n".join(lines).replace(". \n", ".\n")
+        return VT.fill(context, tuple(names), query=value, number=len(names))
+
+    def _names(self) -> list[str]:
+        wanted = VT_HOPS + 1
+        names: list[str] = []
+        while len(names) < wanted or len(set(names)) < wanted:
+            names.append(self.streams.letters(string.ascii_uppercase, self.name_size))
+        return names[:wanted]
+
+    def _disguised_example(self) -> str:
+        example = self.example
+        for name in example.split()[-(VT_HOPS + 1) :]:
+            # Also where the letters stand by chance, as officially.
+            example = example.replace(name, self.streams.letters(string.ascii_uppercase, len(name)))
+        return example.replace(self._EXAMPLE_VALUE, self.streams.five_digits())
+
+
+class _CommonWords(_Maker):
+    _PROBE = 4096
+
+    def __init__(
+        self, task: Task, length: int, streams: Streams, count: Counter, inputs: Inputs
+    ) -> None:
+        super().__init__(task, length, streams, count, inputs)
+        self.words = list(inputs.words())
+        random.Random(streams.seed).shuffle(self.words)
+
+    def estimate(self) -> int:
+        """Return the upper end of the search, from one large prompt."""
+        tokens_per_word = self.count(self.prompt(self._PROBE)) / self._PROBE
+        return int(self.length // tokens_per_word) * 2
+
+    def prompt(self, size: int) -> Prompt:
+        """Return a prompt whose main list has ``size`` distinct words."""
+        short = self.length < CWE_SHORT
+        example, example_answers = self._list(*((20, 3, 1) if short else (40, 10, 3)))
+        context, answers = self._list(size, *((6, 1) if short else (30, 3)))
+        shown = CWE.fill(example, ())
+        prompt = CWE.fill(context, tuple(answers))
+        few_shot = f"{shown.text} {numbered(example_answers)}\n"
+        return attrs.evolve(prompt, context=few_shot + prompt.context)
+
+    def _list(self, size: int, common: int, uncommon: int) -> tuple[str, list[str]]:
+        enough = size <= len(self.words)
+        words = self.streams.draw.sample(
+            self.words if enough else self.inputs.more_words(size), size
+        )
+        listed = words[:CWE_COMMON] * common + words[CWE_COMMON:] * uncommon
+        self.streams.shuffle(listed)
+        return numbered(listed), words[:CWE_COMMON]
+
+
+class _FrequentWords(_Maker):
+    _WORD = 6
+
+    def samples(self) -> Iterator[Prompt]:
+        """Yield samples without end."""
+        limit = self.length - self.room
+        step = limit // 32
+        if step < 1:
+            raise self.too_short(None)
+        vocabulary = self._vocabulary(limit)
+        size = limit // self._WORD
+        while self.count(self._listed(vocabulary, size)) < limit:
+            size += step
+        size -= step
+        while True:
+            self.begin_sample()
+            vocabulary = self._vocabulary(limit)
+            own = size
+            while self.count(prompt := self._listed(vocabulary, own)) > limit:
+                if own <= 0:
+                    raise self.too_short(self.count(prompt) + self.room)
+                own -= step
+            yield prompt
+
+    def _vocabulary(self, limit: int) -> list[str]:
+        wanted = limit // 50
+        words: list[str] = []
+        while len(words) < wanted or len(set(words)) < wanted:
+            words.append(self.streams.letters(string.ascii_lowercase, self._WORD))
+        distinct = sorted(set(words))
+        self.streams.shuffle(distinct)
+        return ["...", *distinct[1:]]
+
+    def _listed(self, vocabulary: list[str], size: int) -> Prompt:
+        listed = [
+            word
+            for rank, word in enumerate(vocabulary, 1)
+            for _ in range(int(size * rank**-FWE_ALPHA / _ZETA_2))
+        ]
+        self.streams.shuffle(listed)
+        return FWE.fill(" ".join(listed), tuple(vocabulary[1:4]))
+
+
+class _Questions(_Maker):
+    def samples(self) -> Iterator[Prompt]:
+        """Yield one sample per question."""
+        questions = self.inputs.questions().questions
+        size = self.search(self.estimate(), self.length, self.room)
+        for _ in questions:
+            self.begin_sample()
+            yield self.fitting(size)
+
+    def prompt(self, size: int) -> Prompt:
+        """Return the question with ``size`` documents; the search takes the first question."""
+        found = self.inputs.questions()
+        question = found.questions[self.streams.index or 0]
+        total = len(found.documents)
+        if size >= total:
+            # As officially: the documents come round, and the last round may lack the gold one.
+            chosen = [i % total for i in range(size)]
+        elif size - len(question.gold) > len(question.related):
+            used = {*question.gold, *question.related}
+            others = [i for i in range(total) if i not in used]
+            count = max(0, size - len(question.gold) - len(question.related))
+            chosen = [*question.gold, *question.related, *self.streams.draw.sample(others, count)]
+        else:
+            related = self.streams.draw.sample(question.related, size - len(question.gold))
+            chosen = [*question.gold, *related]
+        documents = [found.documents[i] for i in chosen]
+        self.streams.shuffle(documents)
+        return QA.fill(documents_text(documents), question.answers, query=question.text)
+
+
+def _pairs(places: list[int]) -> Iterator[tuple[int, int]]:
+    return zip(places, places[1:], strict=False)
