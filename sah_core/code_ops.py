@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CodeOps", "code_dtype"]
+from sah_core.randomness import Random
+
+__all__ = ["CodeOps", "code_dtype", "hyperplanes"]
 
 WORK_BYTES = 16 * 2**20
 """Temporary tensors stay near this, whatever the number of keys."""
@@ -221,3 +223,14 @@ def code_dtype(bits: int) -> torch.dtype:
     if bits <= 8:
         return torch.uint8
     return torch.int16 if bits < 16 else torch.int32
+
+
+def hyperplanes(
+    random: Random, bits: int, tables: int, head_dim: int, device: torch.device | str
+) -> Tensor:
+    """Normals of random hyperplanes, as `CodeOps.lsh_codes` takes them: standard normal, float32
+    ``(bits, tables, head_dim)``, a function of ``random`` alone (its draw 0).
+    """
+    plane = torch.arange(bits * tables, device=device).view(1, -1)
+    channel = torch.arange(head_dim, device=device).view(1, 1, 1, -1)
+    return random.normal(1, plane, channel).view(bits, tables, head_dim)

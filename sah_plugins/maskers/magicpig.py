@@ -42,7 +42,7 @@ from sah_core import (
     hookimpl,
     param,
 )
-from sah_core.code_ops import code_dtype
+from sah_core.code_ops import code_dtype, hyperplanes
 from sah_core.ops import Ops
 from sah_core.selection import count_overflow, join_rows, row_pieces
 from sah_core.state import LayerInfo, TokenBuffer
@@ -57,7 +57,7 @@ TINY = 1e-15
 """Chances are kept this far from 0 and 1, so that their logarithms are finite."""
 
 OVERFLOW_DRAW = 2
-"""The draw that thins a row with too many keys; the hyperplanes use draws 0 and 1."""
+"""The draw that thins a row with too many keys; the hyperplanes use the first two."""
 
 
 class HashTables:
@@ -75,10 +75,7 @@ class HashTables:
 
     def __init__(self, layer: LayerInfo, bits: int, tables: int) -> None:
         self.ops: Ops = layer.ops
-        rows = torch.arange(bits * tables, device=layer.device).view(1, 1, 1, -1)
-        channels = torch.arange(layer.head_dim, device=layer.device).view(1, -1)
-        normals = layer.random.normal(1, channels, rows)[0, 0]
-        self.planes = normals.t().reshape(bits, tables, layer.head_dim).contiguous()
+        self.planes = hyperplanes(layer.random, bits, tables, layer.head_dim, layer.device)
         shape = (layer.batch, layer.kv_heads, tables, layer.capacity)
         self.codes = TokenBuffer(shape, code_dtype(bits), layer.device, dim=3)
         self.center: Tensor | None = None

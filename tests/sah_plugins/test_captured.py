@@ -20,6 +20,8 @@ PIPELINES = (
     "sink(4) | local(0.1) | quest(heavy_size=0.3, page_size=4)",
     "sink(4) | quest(heavy_size=16, page_size=4, group_reduction=sum) | oracle-top-k(0.1)",
     "oracle-top-k(0.2) @ dense_layers=[0]",
+    "sink(4) | magicpig(lsh_l=20, lsh_k=3, max_size=0.2)",
+    "local(8) | socket(0.2, lsh_l=10, lsh_k=4, group_reduction=sum)",
     "sink(2) | oracle-top-p(0.7, max_size=24)",
     "sink(2) | value-aware-top-k(0.2)",
     "local(4) | random-sampling(0.2)",
