@@ -101,8 +101,8 @@ class CodeOps:
         group = heads // kv_heads
         found = torch.empty(indices.shape, dtype=torch.float32, device=query.device)
         rows = F.normalize(query.float(), dim=-1)
-        rows = rows.view(batch, kv_heads, group * query_len, 1, head_dim)
-        at = indices.clamp(min=0).long().view(batch, kv_heads, group * query_len, count)
+        rows = rows.reshape(batch, kv_heads, group * query_len, 1, head_dim)
+        at = indices.clamp(min=0).long().reshape(batch, kv_heads, group * query_len, count)
         cosine = found.view(batch, kv_heads, group * query_len, count)
         step = max(1, WORK_BYTES // (8 * batch * heads * query_len * head_dim))
         for begin in range(0, count, step):
