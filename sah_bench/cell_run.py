@@ -36,9 +36,11 @@ class CellRun:
     error: dict[str, Any] | None = None
     done: bool = False
     _kept: set[str] = attrs.field(factory=set)
+    _contexts: set[str] = attrs.field(factory=set)
 
     def __attrs_post_init__(self) -> None:
         self._kept = self.cell.ids
+        self._contexts = {record["context_id"] for record in self.cell.records}
 
     @property
     def is_pending(self) -> bool:
@@ -53,6 +55,10 @@ class CellRun:
     def missing(self, examples: Sequence[Example]) -> list[int]:
         """Which of the examples it has not answered yet."""
         return [i for i, example in enumerate(examples) if example.id not in self._kept]
+
+    def knows(self, context_id: str) -> bool:
+        """Whether it has answered a question about this context."""
+        return context_id in self._contexts
 
     def to_time(self, missing: Sequence[int], samples: int) -> list[int]:
         """Which of the missing samples are answered without observers before they are observed.
@@ -71,6 +77,7 @@ class CellRun:
         """Keep a sample."""
         self.cell.append(sample)
         self._kept.add(sample.id)
+        self._contexts.add(sample.record["context_id"])
 
     def fail(self, error: Exception) -> None:
         """Stop for an error, which is recorded in the folder."""
@@ -98,13 +105,15 @@ class TaskRun:
         plan: The benchmark.
         task: The task.
         cells: In the order of the pipelines.
-        count: How many examples it has under the limit, once they are made.
+        count: How many examples it has under the limit; None while that is not known.
+        order: The ids of its examples, as they were made.
     """
 
     plan: BenchmarkPlan
     task: str
     cells: list[CellRun]
     count: int | None = None
+    order: list[str] = attrs.field(factory=list)
 
     @property
     def pending(self) -> list[CellRun]:

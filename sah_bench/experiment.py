@@ -11,6 +11,7 @@ limit: 20
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import tempfile
@@ -41,6 +42,7 @@ KEYS = {
     "pipelines": "--pipeline",
     "benchmarks": "--benchmark",
     "tasks": "--task",
+    "data_dir": "--data-dir",
     "limit": "--limit",
     "max_context_length": "--max-context-length",
     "max_new_tokens": "--max-new-tokens",
@@ -259,13 +261,32 @@ def _pipelines(values: Values) -> tuple[Pipeline, ...]:
 def _benchmarks(values: Values, settings: Sequence[str]) -> tuple[BenchmarkPlan, ...]:
     found = []
     overrides = _overrides(settings)
+    folder = values.text("data_dir")
     for value, place in values.needed("benchmarks", "benchmark"):
         name, parameters = _benchmark_call(value, place)
-        found.append((_plan(name, parameters | overrides.pop(name, {}), place), place))
+        parameters |= overrides.pop(name, {})
+        if folder is not None:
+            with place.naming_errors():
+                _set_data_dir(name, parameters, folder)
+        found.append((_plan(name, parameters, place), place))
     for name in overrides:
         raise Place("--set").error(f"the experiment has no benchmark named {name!r}.")
     plans = distinct(found, lambda plan: repr(plan.benchmark))
-    return _with_tasks(plans, list(values.items("tasks")))
+    places = [place for _, place in found]
+    plans = _with_tasks(plans, list(values.items("tasks")))
+    for plan, place in zip(plans, places, strict=True):
+        for _, alone in plan.by_task():
+            with place.naming_errors():
+                alone.benchmark.revision()  # data that is not there is found missing now
+    return plans
+
+
+def _set_data_dir(name: str, parameters: dict[str, Any], folder: str) -> None:
+    """Give a benchmark the common folder of data, if it reads one and has none of its own."""
+    from sah_core.parameters import specs
+
+    if any(spec.name == "data_dir" for spec in specs(registry.benchmarks[name])):
+        parameters.setdefault("data_dir", folder)
 
 
 def _benchmark_call(value: Any, place: Place) -> tuple[str, dict[str, Any]]:
@@ -307,18 +328,23 @@ def _plan(name: str, parameters: dict[str, Any], place: Place) -> BenchmarkPlan:
     asked = parameters.pop("tasks", None)
     with place.naming_errors():
         benchmark = from_plain(registry.benchmarks[name], parameters)
-        benchmark.revision()  # data that is not there is found missing now
         known = benchmark.tasks()
     if asked is None:
         return BenchmarkPlan(benchmark=benchmark, tasks=known)
     asked = asked if isinstance(asked, list) else [asked]
-    tasks = tuple(_known_task(task, known, place.at(name).at("tasks")) for task in asked)
+    tasks = [task for one in asked for task in _known_tasks(one, known, place.at(name).at("tasks"))]
     return BenchmarkPlan(benchmark=benchmark, tasks=tuple(dict.fromkeys(tasks)))
 
 
-def _known_task(task: Any, known: Sequence[str], place: Place) -> str:
+def _known_tasks(task: Any, known: Sequence[str], place: Place) -> list[str]:
+    """The tasks that a name or a pattern such as ``niah_*`` means."""
     if str(task) in known:
-        return str(task)
+        return [str(task)]
+    matching = fnmatch.filter(known, str(task))
+    if matching:
+        return matching
+    if any(sign in str(task) for sign in "*?["):
+        raise place.error(f"no task fits {str(task)!r}. the tasks are {', '.join(known)}.")
     nearest = nearest_names(str(task), known)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise place.error(f"no task named {str(task)!r}. {hint}the tasks are {', '.join(known)}.")
@@ -331,7 +357,7 @@ def _with_tasks(
     if not asked:
         return plans
     offered = list(dict.fromkeys(task for plan in plans for task in plan.tasks))
-    wanted = {_known_task(task, offered, place) for task, place in asked}
+    wanted = {name for task, place in asked for name in _known_tasks(task, offered, place)}
     chosen = []
     for plan in plans:
         tasks = tuple(task for task in plan.tasks if task in wanted)

@@ -9,11 +9,12 @@ from typing import Any, Literal
 import attrs
 
 from sah_core import registry
-from sah_core.benchmark import ScoredExample, mean
+from sah_core.benchmark import Benchmark, ScoredExample, mean
+from sah_core.parameters import to_plain
 from sah_core.pipeline import Pipeline
 
 from .experiment import BenchmarkPlan, Experiment
-from .store import Cell
+from .store import Cell, canonical
 
 Status = Literal["done", "failed"]
 
@@ -43,6 +44,7 @@ class CellResult:
         bad_input: It failed for what was asked, not for a fault.
         folder: Where it lies.
         metrics: The content of metrics.json.
+        setting: The benchmark's parameters, as text: only results of one setting compare.
     """
 
     model: str
@@ -64,6 +66,7 @@ class CellResult:
     bad_input: bool = False
     folder: Path
     metrics: Mapping[str, Any] = attrs.field(factory=dict)
+    setting: str = ""
 
 
 def metrics_of(
@@ -93,6 +96,7 @@ def metrics_of(
     return {
         **plan.benchmark.aggregate(scored),
         "main_score": plan.benchmark.main_score,
+        "metric": metric_name(plan.benchmark, task),
         "complete": complete,
         "micro_metrics": {
             metric.name: combine(
@@ -109,6 +113,29 @@ def metrics_of(
             "max_new_tokens": experiment.max_new_tokens,
         },
     }
+
+
+def metric_name(benchmark: Benchmark, task: str) -> str:
+    """What the main score of a task is, by the name of its metric."""
+    info = benchmark.info(task)
+    return benchmark.main_score if info is None else info.metric
+
+
+def summaries(results: Sequence[CellResult]) -> list[dict[str, Any]]:
+    """Figures over the tasks of each benchmark, model and pipeline, from finished cells."""
+    groups: dict[tuple[str, str, str, str], dict[str, Mapping[str, Any]]] = {}
+    for result in results:
+        if result.status == "done":
+            key = (result.model, result.benchmark, result.setting, result.pipeline)
+            groups.setdefault(key, {})[result.task] = result.metrics
+    found = []
+    for (model, benchmark, _, pipeline), tasks in groups.items():
+        figures = registry.benchmarks[benchmark].summary(tasks)
+        if figures:
+            found.append(
+                {"model": model, "benchmark": benchmark, "pipeline": pipeline, "figures": figures}
+            )
+    return found
 
 
 def combine(metric: Any, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -174,6 +201,7 @@ def result_of(
         bad_input=error is not None and error.get("kind") == "input",
         folder=cell.folder,
         metrics=metrics,
+        setting=canonical(to_plain(plan.benchmark)),
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby, islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,11 +13,13 @@ from sah_core import registry
 from sah_core.benchmark import Example
 from sah_core.pipeline import Pipeline
 
+from .answer import Answer
 from .cell_run import CellRun, TaskRun, failing
 from .experiment import BenchmarkPlan, Experiment
 from .identity import cell_identity, environment
 from .progress import Reporter
 from .results import CellResult, metrics_of, result_of
+from .selection import Selection
 from .store import Cell, Sample
 
 if TYPE_CHECKING:
@@ -134,28 +136,34 @@ class ModelRun:
         if not pending:
             return
         self.reporter.working_on(f"{self.model}, {task_run.label}: making examples")
-        limit = self.experiment.limit
-        plan, tokenizer = task_run.plan, self.adapter.tokenizer
-        examples: list[Example] = []
         with failing(pending):
-            stream = plan.benchmark.examples(task_run.task, tokenizer, self.experiment.seed)
-            # One more than the limit shows whether there are more.
-            examples = list(islice(stream, None if limit is None else limit + 1))
-            complete = limit is None or len(examples) <= limit
-            examples = examples[:limit]
-            task_run.count = len(examples)
-        if task_run.count is None:
-            return
-        self.reporter.expect(self._expected(tasks))
-        for run in pending:
-            with failing([run]):
-                run.observers = {call.name: call.make() for call in self.experiment.metrics}
-                run.tell("sah_run_begin", config=_config(run.cell))
-        for group in _contexts(examples):
-            self._run_context(task_run, group)
-        for run in task_run.pending:
-            with failing([run]):
-                self._finish(task_run, run, complete=complete)
+            chosen = Selection(
+                task_run.plan.benchmark,
+                task_run.task,
+                self.adapter.tokenizer,
+                self.experiment.seed,
+                self.experiment.limit,
+            )
+            task_run.count = chosen.count
+            self.reporter.expect(self._expected(tasks))
+            for run in pending:
+                with failing([run]):
+                    self._observe(run)
+            for group in _contexts(chosen):
+                task_run.order.extend(example.id for example in group)
+                self._run_context(task_run, group)
+                if not task_run.pending:
+                    return
+            if task_run.count is None:
+                task_run.count = chosen.count
+                self.reporter.expect(self._expected(tasks))
+            for run in task_run.pending:
+                with failing([run]):
+                    self._finish(task_run, run, complete=chosen.is_whole)
+
+    def _observe(self, run: CellRun) -> None:
+        run.observers = {call.name: call.make() for call in self.experiment.metrics}
+        run.tell("sah_run_begin", config=_config(run.cell))
 
     def _run_context(self, task_run: TaskRun, group: Sequence[Example]) -> None:
         """Answer the questions about one context, in every cell that has not answered them."""
@@ -176,13 +184,13 @@ class ModelRun:
     def _run_alone(self, task_run: TaskRun, run: CellRun, group: Sequence[Example]) -> None:
         """Answer the questions about one context in a cell whose prefill is sparse.
 
-        The prefill belongs to the first question of its context: what observers see of it counts
-        there, however often a run is begun again.
+        The prefill belongs to the question of its context that is answered first: what observers
+        see of it counts there, however often a run is begun again.
         """
         missing = run.missing(group)
-        is_watched = bool(run.observers) and 0 in missing
+        is_watched = bool(run.observers) and not run.knows(group[0].context_id)
         prefilled: Any = None
-        timed: dict[int, AnswerDetail] = {}
+        timed: dict[int, Answer] = {}
         if not is_watched or run.to_time(missing, self.experiment.timed_samples):
             prefilled = self._prefill(task_run, group, run.pipeline)
             timed = self._timed(task_run, run, prefilled, group)
@@ -212,13 +220,13 @@ class ModelRun:
 
     def _timed(
         self, task_run: TaskRun, run: CellRun, prefilled: Any, group: Sequence[Example]
-    ) -> dict[int, AnswerDetail]:
+    ) -> dict[int, Answer]:
         """Answer the first samples of a cell without observers: their seconds are what counts."""
         indices = run.to_time(run.missing(group), self.experiment.timed_samples)
         if indices:
             label = run.pipeline.label
             self.reporter.working_on(f"{self.model}, {task_run.label}: {label}, timed")
-        return {index: self._ask(run, prefilled, group, index) for index in indices}
+        return {index: self._ask(task_run, run, prefilled, group, index) for index in indices}
 
     def _answer(
         self,
@@ -226,37 +234,64 @@ class ModelRun:
         run: CellRun,
         prefilled: Any,
         group: Sequence[Example],
-        timed: Mapping[int, AnswerDetail],
+        timed: Mapping[int, Answer],
         *,
         prefill_watched: bool = False,
     ) -> None:
         """Answer what a cell misses, under its observers, and keep it."""
         self.reporter.working_on(f"{self.model}, {task_run.label}: {run.pipeline.label}")
-        for index in run.missing(group):
-            if index or not prefill_watched:
+        missing = run.missing(group)
+        for index in missing:
+            if index != missing[0] or not prefill_watched:
                 run.reset()
             observers = list(run.observers.values())
-            detail = self._ask(run, prefilled, group, index, observers)
+            answer = self._ask(task_run, run, prefilled, group, index, observers)
+            apart = timed.get(index) if observers else answer
             timing = timing_of(
-                detail,
-                timed.get(index) if observers else detail,
+                answer.detail,
+                None if apart is None else apart.detail,
                 prefill_is_timed=not prefill_watched,
             )
-            scores = task_run.plan.benchmark.score(group[index], detail.text)
-            run.keep(sample_of(group[index], detail, scores, run.observers, timing))
+            scores = task_run.plan.benchmark.score(group[index], answer.detail.text)
+            run.keep(
+                sample_of(group[index], answer.detail, scores, run.observers, timing, answer.turns)
+            )
             self.made += 1
             self.reporter.advance()
 
     def _ask(
         self,
+        task_run: TaskRun,
         run: CellRun,
         prefilled: Any,
         group: Sequence[Example],
         index: int,
         observers: Sequence[object] = (),
+    ) -> Answer:
+        """Answer a question, and those that its answer leads to."""
+        example, benchmark = group[index], task_run.plan.benchmark
+        answer = Answer.of(
+            example, self._reply(task_run, run, prefilled, example, index, observers)
+        )
+        while (further := benchmark.follow_up(example, answer.detail.text)) is not None:
+            own = run.pipeline if run.prefills_itself else None
+            seen = observers if own is not None else ()
+            prefilled = self._prefill(task_run, [further], own, seen)
+            reply = self._reply(task_run, run, prefilled, further, 0, observers)
+            answer, example = answer.followed_by(further, reply), further
+        return answer
+
+    def _reply(
+        self,
+        task_run: TaskRun,
+        run: CellRun,
+        prefilled: Any,
+        example: Example,
+        index: int,
+        observers: Sequence[object],
     ) -> AnswerDetail:
-        example = group[index]
-        generation = dict(self.experiment.generation)
+        prescribed = task_run.plan.benchmark.generation_for(task_run.task)
+        generation = {**prescribed, **self.experiment.generation}
         generation["max_new_tokens"] = self.experiment.max_new_tokens or example.max_new_tokens
         if generation.get("do_sample"):
             _seed_sampling(self.experiment.seed, example.id)
@@ -272,6 +307,7 @@ class ModelRun:
         return detail
 
     def _finish(self, task_run: TaskRun, run: CellRun, *, complete: bool) -> None:
+        run.cell.arrange(task_run.order)
         metrics = metrics_of(
             run.cell,
             self.experiment,
@@ -288,7 +324,9 @@ class ModelRun:
         """How many samples are to be made in all; a guess for tasks that have not begun."""
         limit = self.experiment.limit
         known = [task_run.count for task_run in tasks if task_run.count is not None]
-        guess = limit if limit is not None else sum(known) // max(1, len(known))
+        if limit is None and not known:
+            return None
+        guess = limit if limit is not None else sum(known) // len(known)
         missing = whole = 0
         for task_run in tasks:
             count = guess if task_run.count is None else task_run.count
@@ -324,6 +362,7 @@ def sample_of(
     scores: dict[str, float],
     observers: Mapping[str, Any],
     timing: Mapping[str, Any],
+    turns: Sequence[Mapping[str, Any]] = (),
 ) -> Sample:
     """What is kept of an answer; the context is not, for it can be made again."""
     metrics = {name: observer.result() for name, observer in observers.items()}
@@ -340,6 +379,7 @@ def sample_of(
             "context_tokens": detail.context_tokens,
             "new_tokens": detail.new_tokens,
             "finished": detail.finished,
+            **({"turns": list(turns)} if turns else {}),
         },
         micro={"metrics": metrics, "backends": sorted(detail.backends)},
         timing=timing,
@@ -383,7 +423,7 @@ def exit_code(results: Sequence[CellResult]) -> Literal[0, 1, 2]:
     return 2 if all(result.bad_input for result in failed) else 1
 
 
-def _contexts(examples: Sequence[Example]) -> Iterator[list[Example]]:
+def _contexts(examples: Iterable[Example]) -> Iterator[list[Example]]:
     """The examples in groups that share a context."""
     for _, group in groupby(examples, key=attrgetter("context_id", "context")):
         yield list(group)

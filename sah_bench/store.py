@@ -19,8 +19,9 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,21 @@ class Cell:
         """The file of a metric's single observations."""
         return self.folder / RECORDS / f"{slug(metric)}.jsonl"
 
+    def arrange(self, order: Sequence[str]) -> None:
+        """Put the samples into the order of the task, which growing limits do not keep.
+
+        A kill between two of the files costs nothing: they are matched by id when they are read.
+        """
+        place = {sample_id: number for number, sample_id in enumerate(order)}
+        last = len(place)
+        ordered = sorted(self.records, key=lambda row: place.get(row["id"], last))
+        if ordered != self.records:
+            for path in sorted((self.folder / RECORDS).glob("*.jsonl")):
+                _arrange_lines(path, [row["id"] for row in ordered])
+            self.records = ordered
+            self._rewrite(SAMPLES, ordered)
+            self._match()
+
     def finish(self, metrics: Mapping[str, Any]) -> None:
         """Mark the cell as done."""
         write_json(self.folder / METRICS, metrics)
@@ -231,20 +247,27 @@ class Cell:
     def _recover(self) -> None:
         """Read what is kept, and cut off what a killed run left half done."""
         samples = _Lines.read(self.folder / SAMPLES)
-        micro = _Lines.read(self.folder / MICRO_METRICS)
-        timings = _Lines.read(self.folder / TIMINGS)
-        count = 0
-        for record, row in zip(samples.rows, micro.rows, strict=False):
-            if record["id"] != row["id"]:
-                break
-            count += 1
-        count = self._recover_records(micro.rows[:count])
-        kept = {record["id"] for record in samples.rows[:count]}
-        self.records, self.micro = samples.cut(count), micro.cut(count)
-        seconds = 0
-        while seconds < len(timings.rows) and timings.rows[seconds]["id"] in kept:
-            seconds += 1
-        self.timings = timings.cut(seconds)
+        micro = {row["id"]: row for row in _Lines.read(self.folder / MICRO_METRICS).rows}
+        complete = list(takewhile(lambda row: row["id"] in micro, samples.rows))
+        count = self._recover_records([micro[row["id"]] for row in complete])
+        self.records = samples.cut(count)
+        self._match()
+
+    def _match(self) -> None:
+        """Give the other files the order of the samples, and no lines of other ones."""
+        self.micro, self.timings = self._matched(MICRO_METRICS), self._matched(TIMINGS)
+
+    def _matched(self, name: str) -> list[dict[str, Any]]:
+        lines = _Lines.read(self.folder / name)
+        by_id = {row["id"]: row for row in lines.rows}
+        matched = [by_id[row["id"]] for row in self.records if row["id"] in by_id]
+        if matched == lines.rows[: len(matched)]:
+            return lines.cut(len(matched))
+        self._rewrite(name, matched)
+        return matched
+
+    def _rewrite(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        _replace(self.folder / name, map(_line, rows))
 
     def _recover_records(self, micro: Sequence[Mapping[str, Any]]) -> int:
         """Cut off single observations of samples that are not kept.
@@ -359,10 +382,32 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         ValueError: A value is NaN or infinite.
     """
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    _replace(path, [(text + "\n").encode()])
+
+
+def _arrange_lines(path: Path, order: Sequence[str]) -> None:
+    """Put lines with an id into the order of the ids; those of one id follow one another."""
+    spans: dict[str, list[int]] = {}
+    with path.open("rb") as file:
+        begin = 0
+        for line in file:
+            span = spans.setdefault(json.loads(line)["id"], [begin, begin])
+            span[1] = begin = begin + len(line)
+
+        def pieces() -> Iterator[bytes]:
+            for begin, end in (spans[sample_id] for sample_id in order if sample_id in spans):
+                file.seek(begin)
+                yield file.read(end - begin)
+
+        _replace(path, pieces())
+
+
+def _replace(path: Path, content: Iterable[bytes]) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        with os.fdopen(handle, "wb") as file:
+            for piece in content:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .results import CellResult
+from .results import CellResult, summaries
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,6 +56,28 @@ def results_table(results: Sequence[CellResult]) -> Table:
     return table
 
 
+def summary_table(results: Sequence[CellResult]) -> Table | None:
+    """Figures over several tasks, such as category means; None where no benchmark has any."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    found = summaries(results)
+    names = list(dict.fromkeys(name for one in found for name in one["figures"]))
+    if not names:
+        return None
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("model", "benchmark", "pipeline"):
+        table.add_column(name, overflow="fold")
+    for name in names:
+        table.add_column(f"{name} %", justify="right", overflow="fold")
+    for one in found:
+        figures = [_number(one["figures"].get(name), ".1f") for name in names]
+        row = (one["model"], one["benchmark"], one["pipeline"], *figures)
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
 def _columns(results: Sequence[CellResult]) -> dict[str, list[str]]:
     """The texts of the table by column."""
     names = {result.main_score for result in results}
@@ -88,6 +110,9 @@ def _is_shared(texts: Sequence[str]) -> bool:
 def print_results(results: Sequence[CellResult], output: Any, console: Console) -> None:
     """Print the table, what failed and why, and where the results lie."""
     console.print(results_table(results))
+    summary = summary_table(results)
+    if summary is not None:
+        console.print(summary)
     console.print(
         "prefill s: mean time to read one context, which its questions share; "
         "decode s: mean time per question, its answer included; n: questions."

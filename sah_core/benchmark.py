@@ -281,7 +281,8 @@ class Benchmark:
             "tasks": {task: _summary(group) for task, group in by_task.items()},
         }
 
-    def summary(self, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    @classmethod
+    def summary(cls, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
         """Return figures over several tasks, such as category means, from their metrics.
 
         Args:

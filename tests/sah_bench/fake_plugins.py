@@ -87,6 +87,7 @@ class Quiz(Benchmark):
     contexts: int = param(3, minimum=1, help="contexts per task")
     questions: int = param(2, minimum=1, help="questions per context")
     answer_tokens: int = param(8, minimum=1, help="room for an answer")
+    folder: str | None = param(None, type=str, help="where nothing lies", location=True)
 
     def tasks(self):
         return ("easy", "long", "broken")
@@ -107,6 +108,9 @@ class Quiz(Benchmark):
                     task=task,
                     facts={"seed": seed},
                 )
+
+    def count(self, task):
+        return self.contexts * self.questions
 
     def score(self, example, prediction):
         return {"accuracy": 100.0 if prediction in example.references else 0.0}

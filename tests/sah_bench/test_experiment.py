@@ -201,3 +201,31 @@ def test_output_folder_that_cannot_be_written_is_refused(document, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputFolderError, match="cannot write to"):
         resolve(document, flags={"output": str(tmp_path / "file" / "below")})
+
+
+@pytest.mark.parametrize(
+    ("asked", "tasks"),
+    [(["*a*"], ("easy",)), (["l*", "easy"], ("easy", "long")), (["?[ao]*"], ("easy", "long"))],
+)
+def test_tasks_may_be_patterns(document, asked, tasks):
+    assert read(document, flags={"tasks": asked}).benchmarks[0].tasks == tasks
+    document["benchmarks"] = [{"quiz": {"tasks": asked}}]
+    assert set(read(document).benchmarks[0].tasks) == set(tasks)
+
+
+def test_a_pattern_that_fits_nothing_is_an_error(document):
+    assert error(document, flags={"tasks": ["x*"]}) == (
+        "--task: no task fits 'x*'. the tasks are easy, long, broken."
+    )
+
+
+def test_the_common_data_folder_is_for_benchmarks_that_read_one_and_have_none(
+    document, fakes, monkeypatch, tmp_path
+):
+    [plan] = read(document, flags={"data_dir": "here"}).benchmarks
+    assert not hasattr(plan.benchmark, "data_dir")
+    document["data_dir"] = str(tmp_path)
+    document["benchmarks"] = ["longbench", "longbench(data_dir='there')"]
+    assert f"longbench narrativeqa: {tmp_path}: no file with its rows" in error(document)
+    document["benchmarks"].pop(0)
+    assert "there: no such folder" in error(document)

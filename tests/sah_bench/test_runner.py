@@ -156,7 +156,7 @@ def test_limit_counts_examples_and_more_go_on_in_the_same_cell(experiment, fakes
     fakes.FakeAdapter.calls.clear()
     second = run(experiment(limit=3))
     assert [result.folder for result in second] == [result.folder for result in first]
-    assert [row["id"] for row in rows(second[0])] == ["0-0", "0-1", "1-0"]
+    assert [row["id"] for row in rows(second[0])] == ["0-1", "1-0", "1-1"]
     assert len(calls(fakes, "answer")) == 4
     fakes.FakeAdapter.calls.clear()
     assert [result.samples for result in run(experiment(limit=2))] == [3, 3]
@@ -169,6 +169,111 @@ def test_results_do_not_depend_on_the_way_to_them(experiment, tmp_path):
     run(experiment(output=str(tmp_path / "by-and-by"), limit=3, pipelines=[SPARSE]))
     run(experiment(output=str(tmp_path / "by-and-by")))
     assert kept_bytes(tmp_path / "at-once") == kept_bytes(tmp_path / "by-and-by")
+
+
+def test_examples_are_made_one_context_at_a_time(experiment, fakes, monkeypatch):
+    made = []
+    examples = fakes.Quiz.examples
+
+    def counted(self, task, tokenizer, seed):
+        for example in examples(self, task, tokenizer, seed):
+            made.append(example.id)
+            yield example
+
+    monkeypatch.setattr(fakes.Quiz, "examples", counted)
+    prefill, seen = fakes.FakeAdapter.prefill, []
+    monkeypatch.setattr(
+        fakes.FakeAdapter,
+        "prefill",
+        lambda self, *a, **k: seen.append(len(made)) or prefill(self, *a, **k),
+    )
+    run(experiment(benchmarks=["quiz(contexts=6)"], pipelines=["dense"]))
+    assert seen == [3, 5, 7, 9, 11, 12]
+
+
+def test_a_benchmark_that_does_not_know_its_size_is_sampled_all_the_same(
+    experiment, fakes, monkeypatch
+):
+    monkeypatch.setattr(fakes.Quiz, "count", lambda self, task: None)
+    recorder = Recorder()
+    [result] = run_experiment(experiment(pipelines=["dense"], limit=3), recorder)
+    assert [row["id"] for row in rows(result)] == ["0-1", "1-0", "1-1"]
+    [result] = run_experiment(experiment(pipelines=["dense"]), recorder)
+    assert result.metrics["complete"]
+    assert recorder.expected == [3, None, 1]
+
+
+@pytest.mark.parametrize(("limit", "complete"), [(3, False), (4, True), (5, True)])
+def test_independent_examples_are_taken_from_the_start(
+    experiment, fakes, monkeypatch, limit, complete
+):
+    monkeypatch.setattr(fakes.Quiz, "independent", True)
+    monkeypatch.setattr(fakes.Quiz, "count", lambda self, task: None)
+    [result] = run(experiment(pipelines=["dense"], limit=limit))
+    assert [row["id"] for row in rows(result)] == ["0-0", "0-1", "1-0", "1-1"][:limit]
+    assert result.metrics["complete"] is complete
+
+
+def test_a_task_without_examples_is_bad_input(experiment, fakes, monkeypatch):
+    monkeypatch.setattr(fakes.Quiz, "examples", lambda *_: iter(()))
+    [result] = run(experiment(pipelines=["dense"]))
+    assert (result.status, result.bad_input) == ("failed", True)
+    assert result.message == "quiz: task easy: it has no examples"
+
+
+def test_an_answer_leads_to_the_next_question_of_a_chain(experiment, fakes, monkeypatch):
+    def follow_up(self, example, prediction):
+        if example.id.endswith("'"):
+            return None
+        return attrs.evolve(
+            example,
+            id=f"{example.id}'",
+            context=f"after {prediction}",
+            question="x",
+            max_new_tokens=3,
+        )
+
+    monkeypatch.setattr(fakes.Quiz, "follow_up", follow_up)
+    monkeypatch.setattr(
+        fakes.Quiz,
+        "score",
+        lambda self, example, prediction: {"accuracy": 100.0 * (prediction == "x")},
+    )
+    dense, sparse = run(experiment(pipelines=["dense", SPARSE_PREFILL]))
+    assert (dense.score, sparse.score) == (100.0, 0.0)
+    [first, *_] = rows(dense)
+    assert (first["id"], first["prediction"]) == ("0-0", "x")
+    [turn] = first["turns"]
+    assert turn["prediction"] == first["question"][::-1]
+    assert {call[3]["max_new_tokens"] for call in calls(fakes, "answer")} == {8, 9, 3}
+    contexts = [(call[1], call[2]) for call in calls(fakes, "prefill")]
+    assert (f"after {turn['prediction']}", None) in contexts
+    assert ("after no", "sink(sink_size=5) @ prefill=sparse") in contexts
+
+
+def test_what_a_task_prescribes_for_generation_gives_way_to_the_experiment(
+    experiment, fakes, monkeypatch
+):
+    prescribed = {"do_sample": True, "temperature": 0.6}
+    monkeypatch.setattr(fakes.Quiz, "generation_for", lambda self, task: prescribed)
+    [first] = run(experiment(pipelines=["dense"]))
+    assert calls(fakes, "answer")[0][3] == {**prescribed, "max_new_tokens": 8}
+    fakes.FakeAdapter.calls.clear()
+    [second] = run(experiment(pipelines=["dense"], generation={"temperature": 0.9}))
+    assert calls(fakes, "answer")[0][3]["temperature"] == 0.9
+    assert first.folder != second.folder
+    assert prescribed == {"do_sample": True, "temperature": 0.6}
+
+
+def test_figures_over_tasks_stand_below_the_table(fakes, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        fakes.Quiz,
+        "summary",
+        classmethod(lambda cls, tasks: {"all tasks": tasks["easy"]["scores"]["accuracy"] / 4}),
+    )
+    result = CliRunner().invoke(main, arguments(tmp_path / "r", "--pipeline", "dense"))
+    assert "all tasks %" in result.stdout
+    assert "25.0" in result.stdout
 
 
 def test_only_pipelines_that_miss_samples_answer(experiment, fakes):
@@ -198,6 +303,7 @@ def test_only_pipelines_that_miss_samples_answer(experiment, fakes):
         ({"generation": {"do_sample": True}}, False),
         ({"benchmarks": ["quiz(contexts=3)"]}, False),
         ({"metrics": ["asked"]}, False),
+        ({"benchmarks": ["quiz(contexts=2, folder='elsewhere')"]}, True),
     ],
 )
 def test_what_makes_another_cell(experiment, change, is_same):
@@ -363,14 +469,12 @@ def test_what_is_seen_of_a_sparse_prefill_counts_with_the_first_question(experim
 def test_a_context_that_is_taken_up_again_observes_its_prefill_once(experiment, fakes):
     run(experiment(pipelines=[SPARSE_PREFILL], limit=1))
     fakes.FakeAdapter.calls.clear()
-    [result] = run(experiment(pipelines=[SPARSE_PREFILL], limit=2))
-    assert [call[0] for call in calls(fakes, "prefill")] == ["prefill"]
-    assert [row["what"] for row in rows(result, "records/asked.jsonl")] == [
-        "prefill",
-        "answer",
-        "answer",
-    ]
-    assert timings(result)[1]["prefill"] == 1.5
+    [result] = run(experiment(pipelines=[SPARSE_PREFILL]))
+    assert [call[0] for call in calls(fakes, "prefill")] == ["prefill", "watched prefill"]
+    seen = [(row["id"], row["what"]) for row in rows(result, "records/asked.jsonl")]
+    assert seen[:3] == [("0-0", "answer"), ("0-1", "prefill"), ("0-1", "answer")]
+    assert [what for _, what in seen[3:]] == ["prefill", "answer", "answer"]
+    assert timings(result)[0]["prefill"] == 1.5
 
 
 def test_a_timed_answer_that_differs_from_the_observed_one_is_recorded(experiment):

@@ -238,3 +238,41 @@ def test_json_is_replaced_in_one_step(tmp_path):
 
 def test_no_folder_is_found_where_there_is_none(tmp_path):
     assert find_folder(tmp_path / "absent", "0" * 64) is None
+
+
+def test_samples_are_put_into_the_order_of_the_task_with_all_their_lines(start):
+    cell = start()
+    for sample_id in ("c", "a", "d", "b"):
+        cell.append(sample(sample_id))
+    cell.arrange(["a", "b", "c"])
+    cell.close()
+    for name in ("samples.jsonl", "micro_metrics.jsonl", "timings.jsonl"):
+        lines = (cell.folder / name).read_bytes().splitlines()
+        assert [json.loads(line)["id"] for line in lines] == ["a", "b", "c", "d"]
+    again = start()
+    for kept in (again.records, again.micro, again.timings):
+        assert [row["id"] for row in kept] == ["a", "b", "c", "d"]
+
+
+def test_single_observations_are_put_in_order_with_their_samples(start):
+    cell = start()
+    for sample_id in ("c", "a", "b"):
+        rows = [] if sample_id == "a" else [{"n": sample_id}, {"n": 2}]
+        cell.append(attrs.evolve(sample(sample_id), observed={"seen": rows}))
+    cell.arrange(["a", "b", "c"])
+    lines = cell.records_path("seen").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["b", "b", "c", "c"]
+    assert [row["id"] for row in start().records] == ["a", "b", "c"]
+
+
+def test_a_kill_while_samples_are_put_in_order_loses_nothing(start, monkeypatch):
+    cell = start()
+    for sample_id in ("c", "a", "b"):
+        cell.append(sample(sample_id))
+    with monkeypatch.context() as patch:
+        patch.setattr(Cell, "_match", lambda self: None)  # killed after the first file
+        cell.arrange(["a", "b", "c"])
+    cell.close()
+    again = start()
+    for kept in (again.records, again.micro, again.timings):
+        assert [row["id"] for row in kept] == ["a", "b", "c"]
