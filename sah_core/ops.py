@@ -509,7 +509,7 @@ class Ops(CodeOps):
                 where ``new`` is 1.
             bits: Bits per channel, 1 to 16.
         """
-        chosen = _channels_of(key, channels)
+        chosen = channels_of(key, channels)
         if bits == 16:
             _write(labels, chosen, start)
             return
@@ -547,7 +547,7 @@ class Ops(CodeOps):
             key_len)`` when reduced.
         """
         batch, heads, query_len, _ = query.shape
-        rows = _channels_of(query, channels).float()
+        rows = channels_of(query, channels).float()
         if bits < 16:
             assert affine is not None
             rows = round_to_bits(rows, bits)
@@ -680,7 +680,7 @@ def quantise(tensor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int32), torch.cat([step, low], dim=-1)
 
 
-def _channels_of(tensor: Tensor, channels: Tensor) -> Tensor:
+def channels_of(tensor: Tensor, channels: Tensor) -> Tensor:
     """The channels of each head, ``(batch, heads, rows, channels)``; the more numerous of tensor
     heads and channel lists says how many heads.
     """

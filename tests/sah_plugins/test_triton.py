@@ -8,7 +8,7 @@ import torch
 
 from sah_core import Allowed, Inputs, KeyRange, Mask
 from sah_core.backend import Problem
-from sah_core.ops import REFERENCE
+from sah_core.ops import REFERENCE, code_width
 from sah_plugins.backends.triton.backend import TritonBackend
 
 pytestmark = [
@@ -20,7 +20,7 @@ pytestmark = [
 
 
 PACKAGE = "sah_plugins.backends.triton"
-KERNELS = ("attention", "topk", "pages", "ops")
+KERNELS = ("attention", "topk", "pages", "labels", "ops")
 
 
 def is_of_triton(name):
@@ -337,3 +337,41 @@ def test_a_share_of_the_keys_is_what_the_host_computes(ops, fraction):
             maximum=99,
         )
         assert pages.flatten().tolist() == [min(99, max(3, k // 16)) for k in keys]
+
+
+LABEL_HEADS = [(4, 2, 4), (4, 2, 2), (3, 1, 3)]
+"""Query heads, KV heads, and heads that have labels or signatures of their own."""
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "max"])
+@pytest.mark.parametrize("bits", [4, 7, 16])
+@pytest.mark.parametrize(("heads", "kv_heads", "label_heads"), LABEL_HEADS)
+def test_label_scores_are_those_of_the_reference(
+    ops, heads, kv_heads, label_heads, bits, reduction
+):
+    torch.manual_seed(bits)
+    query, key = torch.randn(2, heads, 3, 16), torch.randn(2, kv_heads, 45, 16)
+    channels = torch.stack([torch.randperm(16)[:5] for _ in range(label_heads)])
+    words = -(-5 * code_width(bits) // 32)
+    labels, affine = torch.zeros(2, label_heads, 60, 5), None
+    if bits < 16:
+        labels = torch.zeros(2, label_heads, 60, words, dtype=torch.int32)
+        affine = torch.zeros(2, label_heads, 60, 2)
+    ops.label_update(labels, affine, key, channels, 0, bits)
+    cut = (labels[:, :, :45], None if affine is None else affine[:, :, :45])
+    arguments = (query, channels, *cut, bits, 0.3, kv_heads, reduction)
+    expected = REFERENCE.label_scores(*arguments)
+    assert torch.allclose(ops.label_scores(*arguments), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "max"])
+@pytest.mark.parametrize("bits", [5, 64])
+@pytest.mark.parametrize(("heads", "kv_heads", "key_heads"), LABEL_HEADS)
+def test_signatures_agree_in_as_many_bits_as_the_reference_says(
+    ops, heads, kv_heads, key_heads, bits, reduction
+):
+    torch.manual_seed(bits)
+    query = ops.pack_signs(torch.randn(2, heads, 3, bits))
+    key = ops.pack_signs(torch.randn(2, key_heads, 60, bits))[:, :, :45]
+    expected = REFERENCE.hamming_scores(query, key, bits, kv_heads, reduction)
+    assert torch.equal(ops.hamming_scores(query, key, bits, kv_heads, reduction), expected)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sah_core.mask import KeyRange
-from sah_core.ops import Ops
+from sah_core.ops import Ops, channels_of, code_width, round_to_bits
 
+from . import labels as codes
 from . import pages, topk
 from .backend import DTYPES, is_interpreted
 
@@ -101,3 +102,45 @@ class TritonOps(Ops):
         if not takes(query, low, high) or query.shape[3] > 256 or not query.shape[2]:
             return super().page_scores(query, low, high, reduction, bits)
         return pages.page_scores(query, low, high, reduction, bits)
+
+    def label_scores(
+        self,
+        query: Tensor,
+        channels: Tensor,
+        labels: Tensor,
+        affine: Tensor | None,
+        bits: int,
+        scaling: float,
+        kv_heads: int,
+        reduction: str = "none",
+    ) -> Tensor:
+        """Codes read once and unpacked in registers; labels of 16 bits are short keys."""
+        count = channels.shape[1]
+        tensors = [query, labels] if affine is None else [query, affine]
+        short = affine is None and (labels.shape[1] != kv_heads or reduction == "max")
+        if not takes(*tensors) or count > 128 or not query.shape[2] or short:
+            return super().label_scores(
+                query, channels, labels, affine, bits, scaling, kv_heads, reduction
+            )
+        rows = channels_of(query, channels).float()
+        if affine is not None:
+            rows = round_to_bits(rows, bits)
+        rows = rows * scaling
+        linear = reduction in ("sum", "mean") and labels.shape[1] == kv_heads
+        if linear:
+            # the heads that share labels are added up first
+            rows = rows.unflatten(1, (kv_heads, -1))
+            rows = rows.sum(dim=2) if reduction == "sum" else rows.mean(dim=2)
+        if affine is None:
+            return pages.logits(rows.to(labels.dtype), labels, 1.0)
+        return codes.label_scores(
+            rows, labels, affine, code_width(bits), kv_heads, "none" if linear else reduction
+        )
+
+    def hamming_scores(
+        self, query: Tensor, key: Tensor, bits: int, kv_heads: int, reduction: str = "none"
+    ) -> Tensor:
+        """Words read once; the bits that differ are counted in registers."""
+        if not (key.is_cuda or is_interpreted()) or not query.shape[2]:
+            return super().hamming_scores(query, key, bits, kv_heads, reduction)
+        return codes.hamming_scores(query, key, bits, kv_heads, reduction)
