@@ -139,10 +139,6 @@ class NeedleInAHaystack(Benchmark):
             examples = list(self._context_examples(task, place, index, meter, seed))
             yield from (examples[number % self.questions] for number in group)
 
-    def count(self, task: str) -> int:
-        """Return the number of questions, which every length has alike."""
-        return len(self.depths) * self.samples * self.questions
-
     def _context_examples(
         self, task: str, place: int, index: int, meter: PromptMeter, seed: int
     ) -> Iterator[Example]:
