@@ -21,6 +21,7 @@ COMMANDS = {
     "plugins": ("plugins", "List the plugins that are installed, or describe one."),
     "verify": ("verify", "Check plugins against expected results."),
     "profile": ("profile", "Measure time, bytes and memory of pipelines beside dense attention."),
+    "artifacts": ("artifacts", "Make, convert or look into the files that methods learn offline."),
     "env": ("env", "Show versions, devices and where models come from."),
 }
 """Name of a subcommand: its module under `sah_bench.commands`, and the line that ``--help`` shows.

@@ -10,8 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from sah_core import registry
+from sah_core.artifacts import content_hash
 from sah_core.kind import Kind
+from sah_core.masker import Masker
 from sah_core.parameters import specs, to_plain
 from sah_core.pipeline import Pipeline
 
@@ -49,7 +53,7 @@ def cell_identity(
         "format": _FORMAT,
         "model": {key: value for key, value in model.items() if key not in _NAMES},
         "adapter": experiment.adapter,
-        "pipeline": pipeline.text,
+        **_pipeline(pipeline),
         "backend": pipeline.backend,
         "benchmark": {
             "name": benchmark.name,
@@ -68,6 +72,23 @@ def cell_identity(
         "metrics": sorted(metric.text for metric in experiment.metrics),
         "plugins": plugin_versions(experiment, plan, pipeline),
     }
+
+
+def _pipeline(pipeline: Pipeline) -> dict[str, Any]:
+    """The pipeline's text with the content of its files in place of where they lie.
+
+    Files that a step names otherwise than in a parameter of its own, such as those of a masker that
+    it holds, come with their hashes beside it.
+    """
+    steps: list[Masker] = []
+    others: dict[str, str] = {}
+    for index, step in enumerate(pipeline.steps):
+        hashes = {name: f"sha256:{content_hash(path)}" for name, path in step.artifacts().items()}
+        own = {spec.name for spec in specs(type(step)) if spec.artifact}
+        steps.append(attrs.evolve(step, **{n: h for n, h in hashes.items() if n in own}))
+        others |= {f"{index}.{name}": h for name, h in hashes.items() if name not in own}
+    text = attrs.evolve(pipeline, steps=tuple(steps)).text
+    return {"pipeline": text, "artifacts": others} if others else {"pipeline": text}
 
 
 def plugin_versions(

@@ -160,6 +160,7 @@ class _Recorder:
     """Stands for a callable of the pickle; calling it records, and nothing can be set on it."""
 
     __slots__ = ("call",)
+    call: Any
 
     def __init__(self, call: Any) -> None:
         object.__setattr__(self, "call", call)
@@ -178,11 +179,13 @@ def _storage(data: Any) -> Any:
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *others: Any) -> Tensor:
     """A tensor from its storage; a view past its end is refused."""
+    if not isinstance(storage, torch.storage.TypedStorage):
+        raise _Forbidden("a tensor without a storage")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if min([offset, *size, *stride]) < 0 or (0 not in size and last >= storage.size()):
+    if min([offset, *size, *stride]) < 0 or (0 not in size and last >= storage._size()):
         raise pickle.UnpicklingError("a tensor lies outside its storage")
-    whole = torch.tensor([], dtype=storage.dtype).set_(storage)
-    return whole.as_strided(tuple(size), tuple(stride), offset).clone()
+    empty = torch.empty(0, dtype=storage.dtype)
+    return empty.set_(storage._untyped_storage, offset, tuple(size), tuple(stride)).clone()
 
 
 def _parameter(data: Any, *others: Any) -> Any:

@@ -205,26 +205,34 @@ def best_pairs(query: Tensor, key: Tensor, top: Size) -> tuple[Tensor, Tensor]:
     bool ``(heads, rows, keys)``.
     """
     logits = REFERENCE.logits(query.unsqueeze(0), key.unsqueeze(0), 1.0)[0]
-    open_pairs = causal_pairs(logits.shape[1], logits.shape[2], logits.device)
-    return open_pairs, best_keys(logits, open_pairs, top)
+    rows, keys = logits.shape[1:]
+    open_pairs = torch.ones(rows, keys, dtype=torch.bool, device=logits.device).tril(keys - rows)
+    return open_pairs, best_keys(logits, top)
 
 
-def causal_pairs(rows: int, keys: int, device: torch.device) -> Tensor:
-    """The keys up to each row's own position, the last row being at the last key."""
-    return torch.ones(rows, keys, dtype=torch.bool, device=device).tril(keys - rows)
+def best_keys(scores: Tensor, top: Size) -> Tensor:
+    """The best keys of each row among those up to its position, as many as ``top`` says of these,
+    at least one; of equal ones the first.
 
+    Args:
+        scores: float32 ``(heads, rows, keys)``, the last row being at the last key.
+        top: How many.
 
-def best_keys(scores: Tensor, open_pairs: Tensor, top: Size) -> Tensor:
-    """The best keys of each row, as many as ``top`` says of those open to it, at least one; of
-    equal ones the first.
+    Returns:
+        bool ``(heads, rows, keys)``.
     """
-    counts = [max(1, top.resolve(n)) for n in open_pairs.sum(-1).tolist()]
-    scores = scores.masked_fill(~open_pairs, float("-inf"))
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : max(counts)]
-    rank = torch.arange(order.shape[-1], device=scores.device)
-    wanted = rank < torch.tensor(counts, device=scores.device).view(-1, 1)
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    return chosen.scatter_(-1, order, wanted.expand_as(order)) & open_pairs
+    rows, keys = scores.shape[1:]
+    stops = range(keys - rows + 1, keys + 1)
+    counts = [min(stop, max(1, top.resolve(stop))) for stop in stops]
+    count, stop = (
+        torch.tensor(numbers, dtype=torch.int32, device=scores.device).view(1, 1, -1)
+        for numbers in (counts, list(stops))
+    )
+    chosen, _ = REFERENCE.masked_topk(scores[None], max(counts), count=count, stop=stop)
+    best = torch.zeros(*scores.shape[:2], keys + 1, dtype=torch.bool, device=scores.device)
+    # entries that were not needed are -1: they go into a column that is cut off
+    slots = chosen[0].long()
+    return best.scatter_(-1, torch.where(slots < 0, keys, slots), True)[..., :keys]
 
 
 def recall(functions: HashFunctions, query: Tensor, key: Tensor, top: Size) -> float:
@@ -234,10 +242,11 @@ def recall(functions: HashFunctions, query: Tensor, key: Tensor, top: Size) -> f
     """
     half = query.shape[1] // 2
     query = query[:, half:]
-    open_pairs, best = best_pairs(query, key, top)
+    _, best = best_pairs(query, key, top)
     own = functions.key_heads
     keys = apply_mlp(functions.key, key.repeat_interleave(own // key.shape[0], dim=0))
-    signs = [REFERENCE.pack_signs(t)[None] for t in (apply_mlp(functions.query, query), keys)]
-    scores = REFERENCE.hamming_scores(*signs, functions.bits, key.shape[0])[0]
-    found = best_keys(scores, open_pairs, top)
+    asked = REFERENCE.pack_signs(apply_mlp(functions.query, query))
+    held = REFERENCE.pack_signs(keys)
+    scores = REFERENCE.hamming_scores(asked[None], held[None], functions.bits, key.shape[0])[0]
+    found = best_keys(scores, top)
     return float((found & best).sum() / best.sum())
