@@ -34,7 +34,7 @@ class FakeAdapter:
     def identity(self):
         return {"model": self.model_name, "weights": "w" * 8, "dtype": self.dtype}
 
-    def prefill(self, request, request_kwargs=None, pipeline=None, *, observers=()):
+    def prefill(self, request, request_kwargs=None, pipeline=None, *, new_tokens=0, observers=()):
         label = None if pipeline is None else pipeline.text
         for observer in observers:
             if isinstance(observer, Asked):
@@ -61,7 +61,7 @@ class FakeAdapter:
         details = tuple(
             AnswerDetail(
                 text=prefilled.request.questions[i][::-1] if pipeline.is_dense else "no",
-                token_ids=(1, 2) if observers or "sink_size=15" not in pipeline.text else (1, 3),
+                token_ids=tokens_of(pipeline, observers),
                 prompt_tokens=12,
                 context_tokens=10,
                 new_tokens=2,
@@ -74,6 +74,12 @@ class FakeAdapter:
             for i in indices
         )
         return Response(responses=[d.text for d in details], details=details)
+
+
+def tokens_of(pipeline, observers):
+    """Two tokens, the second of which says what happened."""
+    fickle = "sink_size=15" in pipeline.text and not observers
+    return (1, 2 if pipeline.is_dense else 4 if fickle else 3)
 
 
 @attrs.frozen(kw_only=True)
