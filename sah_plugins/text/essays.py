@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,11 +39,8 @@ def essay_sentences(owner: str, essay_path: str | None) -> tuple[str, ...]:
     Raises:
         ParameterError: there is no such text, or it is empty.
     """
-    sentences = tuple(
-        sentence
-        for file in essay_files(owner, essay_path)
-        for sentence in split_sentences(plain_prose(_read(file)))
-    )
+    files = essay_files(owner, essay_path)
+    sentences = _sentences_of(tuple((file, *_version(file)) for file in files))
     if not sentences:
         raise ParameterError(owner, "essay_path", essay_path, "a text with at least one sentence")
     return sentences
@@ -74,6 +72,19 @@ def plain_prose(text: str) -> str:
 def split_sentences(text: str) -> list[str]:
     """Return the sentences of a one-line text: it is cut at spaces behind ``.``, ``!`` or ``?``."""
     return [sentence for sentence in re.split(r"(?<=[.!?])\s+", text) if sentence]
+
+
+@lru_cache(maxsize=2)
+def _sentences_of(files: tuple[tuple[Path, int, int], ...]) -> tuple[str, ...]:
+    """The sentences of files, kept for as long as the files stay as they are."""
+    return tuple(
+        sentence for file, *_ in files for sentence in split_sentences(plain_prose(_read(file)))
+    )
+
+
+def _version(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _read(file: Path) -> str:
