@@ -10,7 +10,7 @@ import attrs
 
 from sah_core import registry
 from sah_core.benchmark import Benchmark, ScoredExample, mean
-from sah_core.parameters import to_plain
+from sah_core.parameters import specs, to_plain
 from sah_core.pipeline import Pipeline
 
 from .experiment import BenchmarkPlan, Experiment
@@ -44,7 +44,8 @@ class CellResult:
         bad_input: It failed for what was asked, not for a fault.
         folder: Where it lies.
         metrics: The content of metrics.json.
-        setting: The benchmark's parameters, as text: only results of one setting compare.
+        setting: The benchmark's parameters, as text, but for the choice of tasks: only results of
+            one setting make a summary.
     """
 
     model: str
@@ -138,6 +139,13 @@ def summaries(results: Sequence[CellResult]) -> list[dict[str, Any]]:
     return found
 
 
+def setting_of(benchmark: Benchmark) -> str:
+    """The parameters of a benchmark as text, without those that only choose among tasks."""
+    chosen = {spec.name for spec in specs(type(benchmark)) if spec.selects}
+    plain = to_plain(benchmark)
+    return canonical({name: value for name, value in plain.items() if name not in chosen})
+
+
 def combine(metric: Any, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The result of a metric over all samples.
 
@@ -201,7 +209,7 @@ def result_of(
         bad_input=error is not None and error.get("kind") == "input",
         folder=cell.folder,
         metrics=metrics,
-        setting=canonical(to_plain(plan.benchmark)),
+        setting=setting_of(plan.benchmark),
     )
 
 

@@ -69,10 +69,13 @@ def summary_table(results: Sequence[CellResult]) -> Table | None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("model", "benchmark", "pipeline"):
         table.add_column(name, overflow="fold")
+    units = {name: "" if name.endswith(")") else " %" for name in names}
     for name in names:
-        table.add_column(f"{name} %", justify="right", overflow="fold")
+        table.add_column(name + units[name], justify="right", overflow="fold")
     for one in found:
-        figures = [_number(one["figures"].get(name), ".1f") for name in names]
+        figures = [
+            _number(one["figures"].get(name), ".1f" if units[name] else "g") for name in names
+        ]
         row = (one["model"], one["benchmark"], one["pipeline"], *figures)
         table.add_row(*(Text(cell) for cell in row))
     return table

@@ -285,6 +285,8 @@ class Benchmark:
     def summary(cls, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
         """Return figures over several tasks, such as category means, from their metrics.
 
+        They are percentages, except those whose name ends in a unit, as in ``reach (tokens)``.
+
         Args:
             tasks: by task, what :meth:`aggregate` returned of it; tasks that were not run or not
                 finished are absent.

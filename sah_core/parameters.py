@@ -107,6 +107,8 @@ class ParameterSpec:
         search: where a tuning run looks; None keeps the parameter out of searches.
         location: whether it only says where something lies, such as a folder of data, so that it
             is no part of what a result is.
+        selects: whether it only chooses among tasks, so that results of one task compare however
+            many others there are.
         artifact: the value is the path of a file that the results depend on.
     """
 
@@ -121,6 +123,7 @@ class ParameterSpec:
     unit: str | None = None
     search: Search | None = None
     location: bool = False
+    selects: bool = False
     artifact: bool = False
 
     @property
@@ -290,6 +293,7 @@ def param(
     unit: str | None = None,
     search: Search | None = None,
     location: bool = False,
+    selects: bool = False,
     artifact: bool = False,
 ) -> Any:
     """Declares one parameter of an attrs class.
@@ -308,6 +312,7 @@ def param(
         search: where a tuning run looks.
         location: the parameter only says where something lies; what lies there is identified by
             its content.
+        selects: the parameter only chooses among the tasks of a benchmark.
         artifact: the value is the path of a file: one that must exist before a run starts, and
             whose content is part of what a result is.
 
@@ -327,6 +332,7 @@ def param(
         unit=unit,
         search=search,
         location=location,
+        selects=selects,
         artifact=artifact,
     )
     if spec.element not in _CONVERT or type is types.NoneType:

@@ -34,6 +34,13 @@ def error(document, **arguments):
     return str(caught.value)
 
 
+def test_the_ruler_example_runs_all_tasks_at_two_lengths_dense_and_with_four_pipelines():
+    experiment = resolve(load_document(EXAMPLE.with_name("ruler.yaml")), check_output=False)
+    assert len(experiment.benchmarks[0].tasks) == 2 * 13
+    names = [pipeline.label for pipeline in experiment.pipelines]
+    assert names == ["dense", "streaming", "oracle", "quest", "sampling"]
+
+
 def test_example_resolves():
     experiment = resolve(load_document(EXAMPLE), check_output=False)
     assert experiment.models == ("smollm2-135m",)

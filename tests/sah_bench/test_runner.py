@@ -276,6 +276,24 @@ def test_figures_over_tasks_stand_below_the_table(fakes, tmp_path, monkeypatch):
     assert "25.0" in result.stdout
 
 
+def test_a_figure_with_a_unit_is_no_percentage(fakes, tmp_path, monkeypatch):
+    figures = {"reach (tokens)": 4096.0, "gap (tokens)": None}
+    monkeypatch.setattr(fakes.Quiz, "summary", classmethod(lambda cls, tasks: figures))
+    result = CliRunner().invoke(main, arguments(tmp_path / "r", "--pipeline", "dense"))
+    table = result.stdout.splitlines()
+    [head] = [line for line in table if "reach (tokens)" in line]
+    assert "%" not in head
+    assert table[table.index(head) + 2].split() == ["m", "quiz", "dense", "4096", "-"]
+
+
+def test_tasks_of_one_setting_make_a_summary_whatever_chose_them():
+    from sah_bench.results import setting_of
+
+    niah = registry.benchmarks["niah"]
+    assert setting_of(niah(lengths=(512,))) == setting_of(niah(lengths=(512, 1024)))
+    assert setting_of(niah(lengths=(512,))) != setting_of(niah(lengths=(512,), chat=True))
+
+
 def test_only_pipelines_that_miss_samples_answer(experiment, fakes):
     run(experiment(pipelines=["dense"]))
     fakes.FakeAdapter.calls.clear()

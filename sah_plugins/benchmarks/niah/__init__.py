@@ -58,6 +58,7 @@ class NeedleInAHaystack(Benchmark):
         minimum=1,
         unit="tokens",
         help="lengths of prompt and answer together; each is a task",
+        selects=True,
     )
     depths: tuple[float, ...] = param(
         (10, 30, 50, 70, 90),

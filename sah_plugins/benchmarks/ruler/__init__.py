@@ -46,6 +46,9 @@ from .tasks import TASKS, Prompt, QaTask, Task
 _GENERATOR = "1"
 """Changes whenever equal parameters and seed would give other bytes."""
 
+LLAMA_2_AT_4K = 85.6
+"""The mean of Llama-2-7B at 4,096 tokens, which RULER takes for good enough."""
+
 _CODE_LICENCE = "generated; wording of RULER (Apache-2.0)"
 
 
@@ -64,12 +67,14 @@ class Ruler(Benchmark):
         minimum=1,
         unit="tokens",
         help="lengths of prompt and answer together; every task is made at each",
+        selects=True,
     )
     include: tuple[str, ...] = param(
         tuple(TASKS),
         type=tuple[str, ...],
-        help="the tasks to make, of the 13",
         choices=tuple(TASKS),
+        help="the tasks to make, of the 13",
+        selects=True,
     )
     mode: str = param(
         "portable",
@@ -132,14 +137,6 @@ class Ruler(Benchmark):
         type=bool,
         help="mode=official: shuffle each sample by its own seed, not all of a size alike",
     )
-    threshold: float = param(
-        85.6,
-        type=float,
-        minimum=0,
-        maximum=100,
-        unit="percent",
-        help="the mean above which a length counts as effective (85.6: Llama-2-7B at 4K)",
-    )
 
     def __attrs_post_init__(self) -> None:
         for name, values in (("lengths", self.lengths), ("include", self.include)):
@@ -159,8 +156,7 @@ class Ruler(Benchmark):
     def for_task(self, task: str) -> Self:
         """Return the benchmark with the one task and length that ``task`` names."""
         found, length = self._parsed(task)
-        default = attrs.fields(type(self)).threshold.default
-        return attrs.evolve(self, lengths=(length,), include=(found.name,), threshold=default)
+        return attrs.evolve(self, lengths=(length,), include=(found.name,))
 
     def info(self, task: str) -> TaskInfo:
         """Return the metric, the room for an answer and where questions come from."""
@@ -251,24 +247,28 @@ class Ruler(Benchmark):
         """Return all answers, one a line."""
         return "\n".join(example.references)
 
-    def summary(self, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-        """Return the mean of each length, over all its tasks, and the effective length.
+    @classmethod
+    def summary(cls, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+        """Return the mean of each length, and the effective length over those with all 13 tasks.
 
-        That is the longest length whose mean is above ``threshold`` (RULER, section 4). A length
-        that lacks a task has no mean; of no such length the effective length is None.
+        The mean of fewer tasks says how many they are.
         """
-        means: dict[int, float | None] = {}
-        for length in sorted(self.lengths):
-            scores = [
-                tasks.get(f"{name}-{length}", {}).get("scores", {}).get(self.main_score)
-                for name in self.include
-            ]
-            known = [score for score in scores if score is not None]
-            means[length] = mean(known) if len(known) == len(scores) else None
-        return {
-            **{f"mean of {length}": score for length, score in means.items()},
-            "effective length": effective_length(means, self.threshold),
+        scores: dict[int, list[float]] = {}
+        for task, metrics in tasks.items():
+            score = metrics.get("scores", {}).get(cls.main_score)
+            if score is not None:
+                scores.setdefault(int(task.rpartition("-")[2]), []).append(score)
+        means = {length: mean(listed) for length, listed in sorted(scores.items())}
+        whole = {length: means[length] for length in means if len(scores[length]) == len(TASKS)}
+        figures = {
+            f"mean of {length}"
+            if length in whole
+            else f"{len(scores[length])}-task mean of {length}": score
+            for length, score in means.items()
         }
+        if whole:
+            figures["effective length (tokens)"] = effective_length(whole)
+        return figures
 
     def revision(self) -> str:
         """Return the generator's version, and what identifies the texts that the tasks draw on."""
@@ -353,8 +353,15 @@ class Ruler(Benchmark):
         return self._questions(task).digest
 
 
-def effective_length(means: Mapping[int, float | None], threshold: float) -> float | None:
-    """Return the longest length whose mean is above ``threshold``; None if there is none."""
+def effective_length(
+    means: Mapping[int, float | None], threshold: float = LLAMA_2_AT_4K
+) -> float | None:
+    """Return the longest length whose mean score is above ``threshold``; None if there is none.
+
+    Args:
+        means: the mean over the 13 tasks, by length.
+        threshold: in percent; by default that of RULER, section 4.
+    """
     passed = [length for length, score in means.items() if score is not None and score > threshold]
     return float(max(passed)) if passed else None
 

@@ -95,7 +95,7 @@ def test_there_is_a_task_per_length_and_name_and_globs_choose_among_them():
 
 
 def test_a_benchmark_for_one_task_makes_the_same_examples_and_does_not_depend_on_the_others():
-    whole = ruler(lengths=(1024, 2048), threshold=50.0)
+    whole = ruler(lengths=(1024, 2048))
     alone = whole.for_task("vt-2048")
     assert alone == ruler("vt", lengths=(2048,))
     assert alone.revision() == ruler("vt", lengths=(2048,)).revision()
@@ -524,28 +524,45 @@ def test_a_needed_document_is_always_there_and_the_others_as_they_fit(tmp_path):
 # Scores over several tasks.
 
 
-def test_the_effective_length_is_the_longest_whose_mean_is_above_the_threshold():
-    benchmark = Ruler(lengths=(1024, 2048, 4096), include=("vt", "cwe"))
-    scores = {1024: (100.0, 90.0), 2048: (90.0, 82.0), 4096: (85.6, 85.6)}
+def metrics_of(length, scores):
+    return {
+        f"{task}-{length}": {"scores": {"string_match": score}}
+        for task, score in zip(TASKS, scores, strict=False)
+    }
+
+
+def test_the_summary_has_the_mean_of_each_length_and_the_longest_one_above_the_threshold():
     tasks = {
-        f"{name}-{length}": {"scores": {"string_match": score}}
-        for length, pair in scores.items()
-        for name, score in zip(("vt", "cwe"), pair, strict=True)
+        **metrics_of(8192, [85.6] * 13),
+        **metrics_of(1024, [100.0] * 12 + [87.0]),
+        **metrics_of(2048, [86.0] * 13),
     }
-    assert benchmark.summary(tasks) == {
-        "mean of 1024": 95.0,
+    assert Ruler.summary(tasks) == {
+        "mean of 1024": 99.0,
         "mean of 2048": 86.0,
-        "mean of 4096": 85.6,
-        "effective length": 2048.0,
+        "mean of 8192": pytest.approx(85.6),
+        "effective length (tokens)": 2048.0,
     }
-    low = Ruler(lengths=benchmark.lengths, include=benchmark.include, threshold=80.0)
-    assert low.summary(tasks)["effective length"] == 4096.0
 
 
-def test_a_length_that_lacks_a_task_has_no_mean():
-    benchmark = Ruler(lengths=(1024,), include=("vt", "cwe"))
-    tasks = {"vt-1024": {"scores": {"string_match": 100.0}}}
-    assert benchmark.summary(tasks) == {"mean of 1024": None, "effective length": None}
+def test_a_length_that_lacks_tasks_says_so_and_is_not_effective():
+    tasks = {**metrics_of(1024, [50.0] * 13), **metrics_of(2048, [100.0, 90.0])}
+    assert Ruler.summary(tasks) == {
+        "mean of 1024": 50.0,
+        "2-task mean of 2048": 95.0,
+        "effective length (tokens)": None,
+    }
+    assert Ruler.summary(metrics_of(2048, [100.0])) == {"1-task mean of 2048": 100.0}
+    tasks["vt-1024"] = {"scores": {"string_match": None}}
+    assert "12-task mean of 1024" in Ruler.summary(tasks)
+
+
+def test_the_threshold_of_the_effective_length_can_be_given():
+    module = sys.modules[Ruler.__module__]
+    means = {1024: 90.0, 2048: 70.0, 4096: 75.0, 8192: None}
+    assert module.effective_length(means) == 1024
+    assert module.effective_length(means, 72.0) == 4096
+    assert module.effective_length(means, 95.0) is None
 
 
 # Bad input.
