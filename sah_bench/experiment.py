@@ -187,11 +187,12 @@ def resolve(
     values.check_keys()
     pipelines = _pipelines(values)
     timed = values.number("timed_samples", minimum=0)
+    adapter = _plugin_name(values, "adapter", registry.adapters, "hf")
     experiment = Experiment(
         models=_models(values),
         pipelines=pipelines,
         benchmarks=_benchmarks(values, settings),
-        adapter=_plugin_name(values, "adapter", registry.adapters, "hf"),
+        adapter=adapter,
         metrics=_metrics(values),
         timed_samples=TIMED_SAMPLES if timed is None else timed,
         seed=values.number("seed", minimum=0) or 0,
@@ -200,7 +201,7 @@ def resolve(
         max_new_tokens=values.number("max_new_tokens", minimum=1),
         dtype=_dtype(values),
         device=values.text("device"),
-        generation=_generation(values),
+        generation=_generation(values, adapter),
         output=Path(values.text("output") or "results").expanduser(),
     )
     if check_output:
@@ -425,7 +426,7 @@ def _dtype(values: Values) -> str | None:
     return dtype
 
 
-def _generation(values: Values) -> dict[str, Any]:
+def _generation(values: Values, adapter: str) -> dict[str, Any]:
     value, place = values.get("generation")
     if value is None:
         return {}
@@ -439,4 +440,8 @@ def _generation(values: Values) -> dict[str, Any]:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise place.error(f"the values must be plain data: {error}.") from error
+    check = getattr(registry.adapters[adapter], "check_generation", None) if value else None
+    if check is not None:
+        with place.naming_errors():
+            check(value)
     return dict(value)

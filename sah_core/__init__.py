@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from .parameters import Search, Size, param
     from .patching import attach
     from .pipeline import Pipeline
-    from .requests import Request, Response
+    from .requests import Request, Response, Turn
     from .scorer import Scorer
 
 __all__ = [
@@ -89,6 +89,7 @@ __all__ = [
     "Selected",
     "Size",
     "TaskInfo",
+    "Turn",
     "UnknownParameterError",
     "UnknownPluginError",
     "UnsupportedError",
@@ -123,6 +124,7 @@ _MODULES = {
     "Selected": "mask",
     "Size": "parameters",
     "TaskInfo": "benchmark",
+    "Turn": "requests",
     "attach": "patching",
     "hookimpl": "hookspecs",
     "param": "parameters",

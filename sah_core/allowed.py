@@ -118,16 +118,20 @@ class Allowed:
 
     def to(self, device: torch.device | str, *_: object, **__: object) -> Allowed:
         """The same limits on another device (models spread over devices move their inputs)."""
-        if self.stop.device == torch.device(device):
+        target = torch.device(device)
+        if self.stop.device == target:
             return self
-        return Allowed(
-            start=self.start.to(device),
-            stop=self.stop.to(device),
-            first=self.first.to(device),
-            keep=None if self.keep is None else self.keep.to(device),
-            known_first=self.known_first,
-            known_bounds=self.known_bounds,
-        )
+        if target not in self.memo:  # every layer of a device asks
+            self.memo[target] = Allowed(
+                start=self.start.to(target),
+                stop=self.stop.to(target),
+                first=self.first.to(target),
+                keep=None if self.keep is None else self.keep.to(target),
+                known_first=self.known_first,
+                known_bounds=self.known_bounds,
+            )
+        moved: Allowed = self.memo[target]
+        return moved
 
     @cached_property
     def memo(self) -> dict[Any, Any]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Hashable, Iterator
+import sys
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,11 @@ def limits(
     running = running_capture()
     if running is not None:
         return running.limits()
+    if kv_length + int(kv_offset) > int(q_offset) + q_length and attends_behind(mask_function):
+        raise UnsupportedError(
+            what="a KV cache of fixed length",
+            reason="its unused slots would count as keys; use transformers' DynamicCache",
+        )
     window = None
     structured = mask_function is None or mask_function is causal_mask_function
     if not structured and local_size is not None and not use_vmap and mask_function is not None:
@@ -81,15 +87,18 @@ def limits(
             device=device,
             **others,
         )
+        if dense is None:  # nothing is hidden from anything
+            return Allowed.everything(kv_length, device=device)
         return Allowed.from_dense(dense)
+    offset = int(q_offset) - int(kv_offset)
+    known = _paddings[-1] if _paddings else ()
+    if known and attention_mask is not None:
+        each = batch_size // len(known)
+        padding = [max(0, p - int(kv_offset)) for p in known for _ in range(each)]
+        return causal_limits(q_length, kv_length, device, padding, window=window, offset=offset)
     first, keep = padding_structure(attention_mask, kv_length, kv_offset)
     allowed = Allowed.causal(
-        q_length,
-        kv_length,
-        device=device,
-        first=first,
-        window=window,
-        offset=int(q_offset) - int(kv_offset),
+        q_length, kv_length, device=device, first=first, window=window, offset=offset
     )
     if keep is None:
         return allowed
@@ -119,6 +128,58 @@ def padding_structure(
     return first, real[:, None, None, :]
 
 
+def attends_behind(mask_function: Callable[..., Any] | None) -> bool:
+    """Whether a mask function stops at the query: keys behind it are then no keys yet."""
+    if mask_function is None:
+        return True
+    index = [torch.tensor(i) for i in (0, 0, 0, 1)]
+    return not bool(mask_function(*index))
+
+
+_paddings: list[tuple[int, ...]] = []
+
+
+@contextmanager
+def left_padding(padding: Sequence[int]) -> Iterator[None]:
+    """Say how many leading positions of every row are padding, for the passes inside.
+
+    The mask of a chunk in the middle of the padding would not tell, and reading any mask waits for
+    the device.
+    """
+    _paddings.append(tuple(padding) if any(padding) else ())
+    try:
+        yield
+    finally:
+        _paddings.pop()
+
+
+def padding_mask(padding: Sequence[int], batch: int, length: int, device: torch.device) -> Tensor:
+    """transformers' two-dimensional attention mask, int64 ``(batch, length)``."""
+    real = torch.ones(batch, length, dtype=torch.long, device=device)
+    for row, count in enumerate(padding):
+        real[row, :count] = 0
+    return real
+
+
+def causal_limits(
+    query_len: int,
+    key_len: int,
+    device: torch.device | str,
+    padding: Sequence[int] = (),
+    *,
+    window: int | None = None,
+    offset: int | None = None,
+) -> Allowed:
+    """Causal limits behind left padding that the host knows."""
+    if not any(padding):
+        return Allowed.causal(query_len, key_len, device=device, window=window, offset=offset)
+    first = torch.tensor(padding, dtype=torch.int32, device=device)
+    allowed = Allowed.causal(
+        query_len, key_len, device=device, first=first, window=window, offset=offset
+    )
+    return Allowed(allowed.start, allowed.stop, first, known_first=tuple(padding))
+
+
 def is_sliding_window(
     mask_function: Callable[..., Any], size: int, device: torch.device | str
 ) -> bool:
@@ -136,12 +197,21 @@ def is_sliding_window(
     return inside and not ask(size, 0) and not ask(2 * size, size) and not ask(1, 2)
 
 
-def as_allowed(mask: Any, query_len: int, key: Tensor) -> Allowed:
-    """What an attention function got as its mask, as limits."""
+def as_allowed(mask: Any, query_len: int, key: Tensor, *, causal: bool = True) -> Allowed:
+    """What an attention function got as its mask, as limits.
+
+    Args:
+        mask: Limits, a 4-D mask (bool or additive), or None.
+        query_len: Query rows.
+        key: The keys.
+        causal: What None means: causal attention, or attention to everything.
+    """
     if isinstance(mask, Allowed):
         return mask
     key_len = key.shape[2]
     if mask is None:
+        if not causal:
+            return Allowed.everything(key_len, device=key.device)
         return Allowed.causal(query_len, key_len, device=key.device)
     if isinstance(mask, Tensor) and mask.dim() == 4:
         mask = mask[..., :key_len]
@@ -161,6 +231,16 @@ def text_config(model: Any) -> Any:
     return model.config if getter is None else getter(decoder=True)
 
 
+ATTENTION_BESIDE = {
+    "attention": "full_attention",
+    "hybrid": "full_attention",
+    "hybrid_sliding": "sliding_attention",
+}
+"""Layer types of transformers that attend like another one: layers in which attention stands beside
+something else, and an older name.
+"""
+
+
 def layer_types(model: Any) -> tuple[str, ...]:
     """Attention type of every layer: ``full_attention``, ``sliding_attention``,
     ``linear_attention``, ...
@@ -168,7 +248,7 @@ def layer_types(model: Any) -> tuple[str, ...]:
     config = text_config(model)
     types = getattr(config, "layer_types", None)
     if types:
-        return tuple(types)
+        return tuple(ATTENTION_BESIDE.get(kind, kind) for kind in types)
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True):
         return ("sliding_attention",) * int(config.num_hidden_layers)
@@ -182,26 +262,75 @@ def attention_modules(model: Any) -> list[Any]:
     ]
 
 
+def devices_of(model: Any) -> tuple[torch.device, ...]:
+    """The devices that hold parts of a model; those of weights that are elsewhere between two
+    passes are told by whoever brings them (accelerate's hooks).
+    """
+    found = {p.device: None for p in model.parameters() if p.device.type != "meta"}
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            found[torch.device(device)] = None
+    return tuple(found)
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the input of a model goes: to its embeddings."""
+    embeddings = model.get_input_embeddings()
+    device = torch.device(embeddings.weight.device)
+    if device.type != "meta":
+        return device
+    placed = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return torch.device("cpu" if placed is None else placed)
+
+
+def caches_latents(model: Any) -> bool:
+    """Whether what a model caches is not what its attention sees (multi-head latent attention, in
+    newer transformers).
+    """
+    return getattr(text_config(model), "kv_lora_rank", None) is not None
+
+
 def check_supported(model: Any) -> None:
-    """Refuse models whose attention does not go through the attention interface.
+    """Refuse models whose attention does not go through the attention interface, or is not the
+    attention of one text to itself.
 
     Raises:
         UnsupportedError: With the class of the model.
     """
-    if not follows_interface(model.__class__):
-        raise UnsupportedError(
-            what=f"model class {type(model).__name__}",
-            reason="its attention does not go through transformers' attention interface",
-        )
+    config, reason = text_config(model), None
+    if getattr(model.config, "is_encoder_decoder", False):
+        reason = "it has an encoder; only decoders that read their own text are known"
+    elif getattr(config, "add_cross_attention", False) or getattr(
+        config, "cross_attention_layers", None
+    ):
+        reason = "it attends to something else than its own text"
+    elif not follows_interface(model.__class__):
+        reason = "its attention does not go through transformers' attention interface"
+    if reason is not None:
+        raise UnsupportedError(what=f"model class {type(model).__name__}", reason=reason)
 
 
 @cache
 def follows_interface(model_class: Hashable) -> bool:
-    """Whether a model class declares the attention interface and its source uses it."""
+    """Whether a model class declares the attention interface, or says nothing and its source uses
+    it, as that of models with linear layers does.
+    """
+    from transformers import PreTrainedModel
+
     switchable = getattr(model_class, "_can_set_attn_implementation", None)
     if switchable is not None and not switchable():
         return False
-    return bool(getattr(model_class, "_supports_attention_backend", True))
+    for base in getattr(model_class, "__mro__", ()):
+        if base is PreTrainedModel:
+            break
+        if "_supports_attention_backend" in vars(base):
+            return bool(base._supports_attention_backend)
+    module = sys.modules.get(getattr(model_class, "__module__", ""))
+    try:
+        return module is not None and "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(module)
+    except (OSError, TypeError):
+        return False
 
 
 def attention_configs(model: Any) -> list[Any]:
@@ -394,8 +523,34 @@ def kind_of(layer: Any) -> str | None:
         return "length"
     if type(layer) in (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer):
         return "reference"
-    in_place = ("LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer", "DummyLayer")
+    in_place = (
+        "LinearAttentionLayer",
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+        "DummyLayer",
+    )
     return "copy" if type(layer).__name__ in in_place else None
+
+
+def repeated_cache(kv_cache: Any, repeats: int) -> Any:
+    """A copy of a cache with every sequence ``repeats`` times, one copy next to the other."""
+    made = copy.copy(kv_cache)
+    made.layers = []
+    for layer in kv_cache.layers:
+        kind = kind_of(layer)
+        made.layers.append(copy.deepcopy(layer) if kind == "copy" else copy.copy(layer))
+    batch = next((t.shape[0] for t in _cache_tensors(made)), 1)
+    made.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
+    return made
+
+
+def _cache_tensors(kv_cache: Any) -> Iterator[Tensor]:
+    for _, keys, _ in cached_tensors(kv_cache):
+        yield keys
+    for layer in kv_cache.layers:
+        for value in vars(layer).values():
+            held = value if isinstance(value, list) else [value]
+            yield from (t for t in held if isinstance(t, Tensor) and t.dim() > 1)
 
 
 def snapshot_cache(kv_cache: Any) -> list[Any]:
@@ -540,11 +695,20 @@ def run_attention(
 ) -> Tensor:
     """Translate one call of the attention interface into one call of a session."""
     softcap, sinks = call_arguments(kwargs)
-    allowed = as_allowed(mask, query.shape[2], key)
+    causal = kwargs.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    allowed = as_allowed(mask, query.shape[2], key, causal=bool(causal))
     if scaling is None:
         scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        raise UnsupportedError(
+            what=f"attention of class {type(module).__name__}",
+            reason="it does not know which layer it belongs to",
+        )
     return session.attend(
-        module.layer_idx,
+        layer,
         query,
         key,
         value,

@@ -444,10 +444,15 @@ class ContextTooLongError(SahError, ValueError):
     what: str
 
     def __str__(self) -> str:
-        return (
-            f"the context is too long: {self.tokens} tokens, but {self.what} allows {self.limit}. "
-            "shorten it, or set max_context_length with truncation='middle'."
+        found = (
+            f"the context is too long: {self.tokens} tokens, but {self.what} allows {self.limit}"
         )
+        if self.what == "max_context_length":
+            return (
+                f"{found} and truncation is 'none'. raise max_context_length, or let truncation be "
+                "'middle' or 'head'."
+            )
+        return f"{found}. shorten it, or set max_context_length with truncation='middle'."
 
 
 @attrs.define

@@ -90,10 +90,17 @@ def attach(
         The session, whose ``phase`` may be set where shapes do not tell it (a prefill in chunks).
 
     Raises:
-        UnsupportedError: If the model's attention does not go through the attention interface.
+        UnsupportedError: If the model's attention does not go through the attention interface; it
+            is tried once, on a few tokens (`sah_core.probing`).
+        PipelineError: If the pipeline applies to no layer of the model.
     """
+    from sah_core.probing import check_applies, check_model
+
     parsed = Pipeline.parse(pipeline)
+    if not parsed.is_dense:
+        check_model(model)
     session = Session(parsed, compat.layer_types(model), backend=backend, observers=observers)
+    check_applies(parsed, session.layer_types)
     with use(model, session):
         yield session
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import attrs
 
@@ -19,6 +19,54 @@ def _questions(value: str | Sequence[str]) -> str | tuple[str, ...]:
     if not isinstance(value, Iterable):
         raise RequestError(f"expected a text or a list of texts, not {short_repr(value)}")
     return tuple(value)
+
+
+Role = Literal["user", "assistant"]
+ROLES: tuple[Role, ...] = ("user", "assistant")
+
+
+@attrs.frozen
+class Turn:
+    """A message of the conversation before the context.
+
+    Attributes:
+        role: ``user`` or ``assistant``.
+        content: What was said.
+
+    Raises:
+        RequestError: For another role, or a content that is no text.
+    """
+
+    role: Role
+    content: str
+
+    def __attrs_post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise RequestError(
+                f"role {short_repr(self.role)} is not known; use one of {', '.join(ROLES)} (a "
+                "system message stands in 'system')"
+            )
+        if not isinstance(self.content, str) or not self.content:
+            raise RequestError(
+                f"a turn of the {self.role} says {short_repr(self.content)}; expected some text"
+            )
+
+
+def _turns(value: Iterable[Any]) -> tuple[Turn, ...]:
+    """Turns from themselves, from pairs, or from mappings as chat templates take them."""
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        raise RequestError(f"expected a list of turns, not {short_repr(value)}")
+    made = []
+    for turn in value:
+        if isinstance(turn, Mapping) and set(turn) == {"role", "content"}:
+            turn = (turn["role"], turn["content"])
+        if isinstance(turn, Turn):
+            made.append(turn)
+        elif isinstance(turn, Sequence) and not isinstance(turn, str) and len(turn) == 2:
+            made.append(Turn(*turn))
+        else:
+            raise RequestError(f"{short_repr(turn)} is no turn; expected a role and a content")
+    return tuple(made)
 
 
 @attrs.frozen(kw_only=True)
@@ -41,10 +89,12 @@ class Request:
             two ends, ``head`` its start, ``none`` refuses. None = ``middle`` where a length is
             given.
         system: System message, for chat templates only.
+        turns: Conversation before the context, for chat templates only: user and assistant by
+            turns, the assistant last, for context and question are the user's next message.
 
     Raises:
-        RequestError: For what is no text, an empty question, a prefix count that does not fit, or
-            an unknown truncation.
+        RequestError: For what is no text, an empty question, a prefix count that does not fit, an
+            unknown truncation, or turns in another order.
     """
 
     context: str
@@ -54,6 +104,7 @@ class Request:
     chat: bool | None = None
     truncation: Truncation | None = None
     system: str | None = None
+    turns: tuple[Turn, ...] = attrs.field(default=(), converter=_turns)
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.context, str):
@@ -74,6 +125,20 @@ class Request:
             raise RequestError(
                 f"truncation {self.truncation!r} is not known; use one of {', '.join(TRUNCATIONS)}"
             )
+        if self.system is not None and not isinstance(self.system, str):
+            raise RequestError(f"the system message is {short_repr(self.system)}; expected a text")
+        for index, turn in enumerate(self.turns):
+            expected = ROLES[index % 2]
+            if turn.role != expected:
+                raise RequestError(
+                    f"turn {index} is the {turn.role}'s; expected the {expected}'s: they alternate "
+                    "and the user begins"
+                )
+        if len(self.turns) % 2:
+            raise RequestError(
+                "the last turn is the user's; expected the assistant's, for context and question "
+                "are the user's next message"
+            )
 
     @property
     def question_list(self) -> tuple[str, ...]:
@@ -86,6 +151,21 @@ class Request:
         if isinstance(self.answer_prefix, str):
             return (self.answer_prefix,) * len(self.question_list)
         return self.answer_prefix
+
+
+@attrs.frozen(kw_only=True)
+class Generated:
+    """One generated sequence.
+
+    Attributes:
+        text: The text, answer prefix not included, special tokens removed.
+        token_ids: The tokens, the ending EOS included.
+        finished: ``eos``, ``stop`` or ``length``.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finished: str
 
 
 @attrs.frozen(kw_only=True)
@@ -105,6 +185,9 @@ class AnswerDetail:
             which the questions of a request share; 0 for maskers that keep nothing.
         finished: ``eos`` or ``length`` (or ``stop`` for a stop string).
         backends: Backends that executed the sparse calls.
+        others: Further sequences, where several were asked for (``num_return_sequences``); the
+            times are those of all of them together.
+        batch: Contexts that were read and answered together; the times are those of all of them.
     """
 
     text: str
@@ -118,6 +201,13 @@ class AnswerDetail:
     backends: tuple[str, ...] = ()
     seconds_first_token: float = 0.0
     seconds_index: float = 0.0
+    others: tuple[Generated, ...] = ()
+    batch: int = 1
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts of all sequences, that of the answer first."""
+        return (self.text, *(other.text for other in self.others))
 
     @property
     def time_to_first_token(self) -> float:
@@ -128,9 +218,13 @@ class AnswerDetail:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """New tokens per second after the first; None for an answer of one token."""
+        """New tokens of the answer per second after the first; None for an answer of one token,
+        and where several sequences were drawn one after the other.
+        """
         seconds = self.seconds_decode - self.seconds_first_token
-        return (self.new_tokens - 1) / seconds if self.new_tokens > 1 and seconds > 0 else None
+        if self.new_tokens < 2 or self.others or seconds <= 0:
+            return None
+        return (self.new_tokens - 1) / seconds
 
 
 @attrs.frozen(kw_only=True)

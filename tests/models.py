@@ -40,7 +40,41 @@ FAMILIES = {
         {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "mistral": ("MistralConfig", {"sliding_window": 8}),
+    "qwen2": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3Config", {}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "phi3": ("Phi3Config", {"head_dim": None}),
+    "cohere2": (
+        "Cohere2Config",
+        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "glm4": ("Glm4Config", {}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        {
+            "head_dim": None,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 20,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
     "qwen3-next": (
         "Qwen3NextConfig",
         {
@@ -74,7 +108,10 @@ TRIMMING_CHAT = PLAIN_CHAT.replace("m['content']", "m['content'] | trim")
 def config(family, **options):
     """The configuration of a tiny model."""
     name, extra = FAMILIES[family]
-    return getattr(transformers, name)(**{**COMMON, **extra, **options})
+    values = {**COMMON, **extra, **options}
+    # some families have no such setting, or derive it
+    given = {key: value for key, value in values.items() if value is not None}
+    return getattr(transformers, name)(**given)
 
 
 def build(family, seed=0, *, of=None, **options):

@@ -99,6 +99,10 @@ MESSAGES = {
         "the context is too long: 9000 tokens, but model 'm' allows 8192. "
         "shorten it, or set max_context_length with truncation='middle'."
     ),
+    errors.ContextTooLongError(10, 9, "max_context_length"): (
+        "the context is too long: 10 tokens, but max_context_length allows 9 and truncation is "
+        "'none'. raise max_context_length, or let truncation be 'middle' or 'head'."
+    ),
     errors.RequestError("the question is empty"): "the question is empty",
     errors.UnsupportedError("backend 'triton'", "it needs a GPU"): (
         "backend 'triton' is not supported: it needs a GPU"

@@ -362,9 +362,10 @@ def test_a_block_leaves_nothing_behind(models):
 
 def test_each_part_of_a_model_gets_its_own_implementation_back(models):
     # what composite models are allowed to be: parts of different implementations
-    model, ids = models.build("llama"), models.tokens(1, CONTEXT)
+    model = models.build("llama", attn_implementation="eager")
+    ids = models.tokens(1, CONTEXT)
     part = copy.copy(model.config)
-    part._attn_implementation = "eager"
+    part._attn_implementation = "sdpa"
     model.model.layers[1].self_attn.config = part
     before = implementations(model)
     with attach(model, "local(2) @ prefill=sparse"):

@@ -113,6 +113,20 @@ def test_a_bad_device_or_dtype_says_what_is_allowed(folder, arguments, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("model_kwargs", "message"),
+    [
+        ({"foo": 1}, "no parameter named 'foo'. expected an argument of from_pretrained"),
+        ({"device_mapp": "auto"}, "no parameter named 'device_mapp'. did you mean 'device_map'?"),
+    ],
+)
+def test_an_argument_that_from_pretrained_does_not_take_is_named(folder, model_kwargs, message):
+    with pytest.raises(ParameterError) as error:
+        load_model(str(folder), model_kwargs=model_kwargs)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_the_arguments_are_never_changed(folder):
     model_kwargs = {"torch_dtype": "float32", "attn_implementation": "eager"}
     tokenizer_kwargs = {"padding_side": "left"}

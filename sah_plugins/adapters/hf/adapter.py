@@ -4,32 +4,35 @@ pipelines on it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import attrs
 import torch
 
-from sah_core import Allowed, Inputs, Pipeline, Request, Response, compat
+from sah_core import Pipeline, Request, Response, compat
 from sah_core.attention import Session
-from sah_core.errors import ContextTooLongError, ParameterError, RequestError
+from sah_core.errors import ParameterError, RequestError
 from sah_core.patching import use
 from sah_core.requests import AnswerDetail, Likelihood
 
+from .answers import answer_detail, new_tokens
 from .captured import CapturedDecode
-from .generation import FirstToken, generation_options
+from .generation import Generation, Watch, check_options, generation_options, seeded
 from .loading import Loaded, load_model
-from .prefilled import ContextState, Prefilled, shared_context
-from .prompts import Prompt, build_prompts
+from .prefilled import ContextState, Prefilled, padded_rows
+from .prompts import build_prompts
+from .reader import Reader
+from .rounds import Round, rounds
 
 ROOM = 256
 """Tokens of cache taken ahead for generation."""
 REQUEST_OPTIONS = ("max_context_length", "truncation", "chat", "prefill_chunk_size")
+BATCH_SIZE = 8
+"""Contexts that `process_requests` reads together unless it is told otherwise."""
 
 
-class HuggingFaceAdapter:
+class HuggingFaceAdapter(Reader):
     """A transformers causal language model with a pipeline attached.
 
     Args:
@@ -76,24 +79,19 @@ class HuggingFaceAdapter:
         adapter._take(loaded)
         return adapter
 
-    def _take(self, loaded: Loaded) -> None:
-        self.loaded = loaded
-        self.model: Any = loaded.model
-        compat.keep_softcap(self.model)
-        self.tokenizer: Any = loaded.tokenizer
-        self.layer_types = compat.layer_types(self.model)
-        self._cache_argument = compat.cache_argument(type(self.model).forward)
+    @classmethod
+    def check_generation(cls, generation_kwargs: Mapping[str, Any] | None) -> None:
+        """Find what is wrong with generation options before any model is loaded.
 
-    @property
-    def max_context(self) -> int | None:
-        """Tokens that the model allows for prompt and answer together; None if it does not say."""
-        limit = getattr(compat.text_config(self.model), "max_position_embeddings", None)
-        return None if limit is None else int(limit)
+        Args:
+            generation_kwargs: As for `process_request`.
 
-    @property
-    def device(self) -> torch.device:
-        """Where the inputs go."""
-        return torch.device(self.model.get_input_embeddings().weight.device)
+        Raises:
+            RequestError: For an option that does not exist or has no place here, or a combination
+                that makes no sense.
+            ParameterError: For a value that is out of range.
+        """
+        check_options(generation_kwargs)
 
     def identity(self) -> dict[str, Any]:
         """What makes results of this model comparable: label, weights hash and dtype."""
@@ -119,7 +117,8 @@ class HuggingFaceAdapter:
         Args:
             request: Context and questions.
             generation_kwargs: For transformers' ``generate``; not changed. Greedy decoding of at
-                most 64 new tokens unless it says otherwise.
+                most 64 new tokens unless it says otherwise. ``seed`` makes sampling reproducible:
+                every question's draws start from it, and the global generators are left alone.
             request_kwargs: ``max_context_length`` (tokens of context kept), ``truncation`` (middle,
                 head or none), ``chat`` (use the chat template) and ``prefill_chunk_size`` (tokens
                 per prefill step).
@@ -133,17 +132,61 @@ class HuggingFaceAdapter:
             RequestError: For options that are not known.
         """
         # what is wrong with the options should be said before the expensive part
-        options = generation_options(self.model, self.tokenizer, generation_kwargs)
+        generation = generation_options(self.model, self.tokenizer, generation_kwargs)
         prefilled = self.prefill(
             request,
             request_kwargs,
             self.pipeline,
-            new_tokens=options["max_new_tokens"],
+            new_tokens=generation.new_tokens,
             observers=observers,
         )
         return self.answer(prefilled, self.pipeline, generation_kwargs, observers=observers)
 
-    @torch.no_grad()
+    def process_requests(
+        self,
+        requests: Sequence[Request],
+        generation_kwargs: Mapping[str, Any] | None = None,
+        request_kwargs: Mapping[str, Any] | None = None,
+        *,
+        batch_size: int = BATCH_SIZE,
+        observers: Sequence[object] = (),
+    ) -> list[Response]:
+        """Answer several requests, their contexts read together in batches with left padding.
+
+        Greedy answers are those of `process_request` for each alone, as far as the arithmetic of
+        the model does not depend on the batch (in float32 it hardly does). Questions of equal
+        length run together; a row whose request has none of that length idles meanwhile, so
+        requests with equally long questions gain most.
+
+        Args:
+            requests: Contexts and questions, of any lengths and numbers.
+            generation_kwargs: As for `process_request`. Draws of a row depend on the other rows.
+            request_kwargs: As for `process_request`, the same for all.
+            batch_size: Contexts that are read together.
+            observers: Objects with observer hooks. They see whole batches, rows that idle or have
+                ended included.
+
+        Returns:
+            One response per request, in order.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ParameterError("request", "batch_size", batch_size, "an integer >= 1")
+        generation = generation_options(self.model, self.tokenizer, generation_kwargs)
+        responses: list[Response] = []
+        for begin in range(0, len(requests), batch_size):
+            prefilled = self.prefill_batch(
+                requests[begin : begin + batch_size],
+                request_kwargs,
+                self.pipeline,
+                new_tokens=generation.new_tokens,
+                observers=observers,
+            )
+            responses += self.answer_batch(
+                prefilled, self.pipeline, generation_kwargs, observers=observers
+            )
+            del prefilled
+        return responses
+
     def prefill(
         self,
         request: Request,
@@ -163,36 +206,52 @@ class HuggingFaceAdapter:
                 checked, and room is taken for them.
             observers: Objects with observer hooks; only a sparse prefill has something to observe.
         """
-        options = dict(request_kwargs or {})
-        unknown = sorted(set(options) - set(REQUEST_OPTIONS))
-        if unknown:
-            raise RequestError(
-                f"request option {unknown[0]!r} is not known; "
-                f"options are {', '.join(REQUEST_OPTIONS)}"
-            )
-        chunk = options.pop("prefill_chunk_size", None)
-        if chunk is not None and (
-            isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1
-        ):
-            raise ParameterError("request", "prefill_chunk_size", chunk, "an integer >= 1")
-        prompts = build_prompts(request, self.tokenizer, **options)
-        longest = max(len(p.ids) for p in prompts)
-        self._check_length(longest, new_tokens)
-        shared = shared_context(prompts)
+        return self.prefill_batch(
+            [request], request_kwargs, pipeline, new_tokens=new_tokens, observers=observers
+        )
+
+    @torch.no_grad()
+    def prefill_batch(
+        self,
+        requests: Sequence[Request],
+        request_kwargs: Mapping[str, Any] | None = None,
+        pipeline: Pipeline | str | None = None,
+        *,
+        new_tokens: int = 0,
+        observers: Sequence[object] = (),
+    ) -> Prefilled:
+        """Run several contexts at once, left-padded to the longest.
+
+        Args:
+            requests: Contexts and questions.
+            request_kwargs: As for `process_request`, the same for all.
+            pipeline: As for `prefill`.
+            new_tokens: As for `prefill`.
+            observers: As for `prefill`.
+        """
+        options, chunk = request_options(request_kwargs)
+        if not requests:
+            raise RequestError("there is no request")
+        prompts = [build_prompts(request, self.tokenizer, **options) for request in requests]
+        self._check_length(max(len(p.ids) for made in prompts for p in made), new_tokens)
+        rows = padded_rows(requests, prompts)
+        longest = max(row.padding + len(p.ids) for row in rows for p in row.prompts)
         kv_cache = compat.make_cache(self.model, longest + max(ROOM, new_tokens))
         session = None
         if pipeline is not None:
             parsed = Pipeline.parse(pipeline)
             if "prefill" in parsed.phases and not parsed.is_dense:
+                self._check_fit(parsed)
                 session = Session(parsed, self.layer_types)
         watched = session and self._watched(session, observers)
         begin = self._now()
-        self._extend(kv_cache, prompts[0].ids[:shared], 0, watched, chunk)
+        pieces = [[0] * row.padding + list(row.prompts[0].ids[: row.shared]) for row in rows]
+        padding = tuple(row.padding for row in rows)
+        self._extend(kv_cache, pieces, 0, watched, padding, chunk)
         seconds = self._now() - begin - (watched.observer_seconds if watched else 0.0)
         base = compat.snapshot_cache(kv_cache)
-        return Prefilled(request, prompts, shared, kv_cache, base, seconds, session)
+        return Prefilled(rows, kv_cache, base, seconds, session)
 
-    @torch.no_grad()
     def answer(
         self,
         prefilled: Prefilled,
@@ -207,34 +266,76 @@ class HuggingFaceAdapter:
         Args:
             prefilled: What `prefill` returned; it can be used again, by other pipelines too.
             pipeline: What to run on question and generated tokens; the adapter's when None.
-            generation_kwargs: For ``generate``; not changed.
+            generation_kwargs: As for `process_request`.
             observers: Objects with observer hooks.
             indices: Which questions; all when None.
 
         Raises:
             RequestError: If the prefill was sparse and belongs to another pipeline.
         """
+        [response] = self.answer_batch(
+            prefilled,
+            pipeline,
+            generation_kwargs,
+            observers=observers,
+            indices=None if indices is None else [indices],
+        )
+        return response
+
+    @torch.no_grad()
+    def answer_batch(
+        self,
+        prefilled: Prefilled,
+        pipeline: Pipeline | str | None = None,
+        generation_kwargs: Mapping[str, Any] | None = None,
+        *,
+        observers: Sequence[object] = (),
+        indices: Sequence[Sequence[int]] | None = None,
+    ) -> list[Response]:
+        """Answer questions from contexts that were prefilled together.
+
+        Args:
+            prefilled: What `prefill_batch` returned.
+            pipeline: As for `answer`.
+            generation_kwargs: As for `process_request`.
+            observers: Objects with observer hooks.
+            indices: Which questions of each request; all when None.
+
+        Returns:
+            One response per request, in order.
+        """
         parsed = self.pipeline if pipeline is None else Pipeline.parse(pipeline)
-        options = generation_options(self.model, self.tokenizer, generation_kwargs)
+        generation = generation_options(self.model, self.tokenizer, generation_kwargs)
+        refuse_beams(parsed, generation)
+        rows = prefilled.rows
+        asked = [range(len(row.prompts)) for row in rows] if indices is None else indices
+        for row, chosen in zip(rows, asked, strict=True):
+            for index in chosen:
+                self._check_length(len(row.prompts[index].ids), generation.new_tokens)
         state = self._state(prefilled, parsed)
         session = self._watched(state.session, observers)
-        request = prefilled.request
-        session.observe("sah_request_begin", request=request, pipeline=parsed)
-        session.observe(
-            "sah_prefill_end",
-            layer_count=len(self.layer_types),
-            context_tokens=prefilled.context_tokens,
-        )
-        chosen = range(len(prefilled.prompts)) if indices is None else indices
-        details = tuple(
-            self._generate(prefilled, attrs.evolve(state, session=session), index, options)
-            for index in chosen
-        )
-        single = isinstance(request.questions, str)
-        texts = [d.text for d in details]
-        response = Response(responses=texts[0] if single else texts, details=details)
-        session.observe("sah_request_end", request=request, response=response)
-        return response
+        state = attrs.evolve(state, session=session)
+        for row in rows:
+            session.observe("sah_request_begin", request=row.request, pipeline=parsed)
+            session.observe(
+                "sah_prefill_end",
+                layer_count=len(self.layer_types),
+                context_tokens=max(p.context_tokens for p in row.prompts),
+            )
+        details: dict[tuple[int, int], AnswerDetail] = {}
+        for together in rounds(rows, asked):
+            made = self._generate(prefilled, state, together, generation)
+            for number, (asks, detail) in enumerate(zip(together.asked, made, strict=True)):
+                if asks is not None and detail is not None:
+                    details[number, asks] = detail
+        responses = []
+        for number, row in enumerate(rows):
+            own = tuple(details[number, index] for index in asked[number])
+            texts = [detail.text for detail in own]
+            single = isinstance(row.request.questions, str) and bool(texts)
+            responses.append(Response(responses=texts[0] if single else texts, details=own))
+            session.observe("sah_request_end", request=row.request, response=responses[-1])
+        return responses
 
     @torch.no_grad()
     def loglikelihood(
@@ -281,7 +382,9 @@ class HuggingFaceAdapter:
         begin, observed = self._now(), state.session.observer_seconds
         losses: list[float] = []
         correct: list[bool] = []
-        with self._resumed(prefilled, state, prompt) as session, use(self.model, session):
+        extra = [prompt.ids[prefilled.shared : prompt.context_tokens]]
+        resumed = self._resumed(prefilled, state, extra, prefilled.shared)
+        with resumed as session, use(self.model, session):
             session.start_question()
             past = prompt.context_tokens
             for piece, logits in self._forward(prefilled.cache, text, past, step):
@@ -319,21 +422,6 @@ class HuggingFaceAdapter:
             )
             yield piece, output.logits[0]
 
-    def _check_length(self, prompt_tokens: int, new_tokens: int) -> None:
-        """Refuse what does not fit into the model."""
-        limit, tokens = self.max_context, prompt_tokens + new_tokens
-        if limit is not None and tokens > limit:
-            what = "the model's context" + (", new tokens included," if new_tokens else "")
-            raise ContextTooLongError(tokens, limit, what)
-
-    def _watched(self, session: Session, observers: Sequence[object]) -> Session:
-        """A session with observers on the states of another one."""
-        if not observers:
-            return session
-        watched = Session(session.pipeline, self.layer_types, observers=observers)
-        watched.layers, watched.request_state = session.layers, session.request_state
-        return watched
-
     @torch.no_grad()
     def capture_decode(
         self,
@@ -362,7 +450,9 @@ class HuggingFaceAdapter:
         batch = prefilled.batch
         asked = [prompt.ids[prompt.context_tokens :]] * batch
         seen = torch.ones(batch, len(prompt.ids), dtype=torch.long, device=self.device)
-        with self._resumed(prefilled, state, prompt) as session, use(self.model, session):
+        extra = [prompt.ids[prefilled.shared : prompt.context_tokens]] * batch
+        resumed = self._resumed(prefilled, state, extra, prefilled.shared)
+        with resumed as session, use(self.model, session):
             session.start_question()
             output = self.model(
                 input_ids=torch.tensor(asked, device=self.device),
@@ -376,155 +466,96 @@ class HuggingFaceAdapter:
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         return CapturedDecode(self.model, live, prefilled.cache, token, room=room)
 
-    def _state(self, prefilled: Prefilled, pipeline: Pipeline) -> ContextState:
-        """The pipeline's states over the context, built once per context."""
-        key = pipeline.text
-        if key in prefilled.states:
-            return prefilled.states[key]
-        session = prefilled.session
-        if session is None:
-            if "prefill" in pipeline.phases and not pipeline.is_dense:
-                raise RequestError(
-                    f"pipeline '{key}' prefills sparsely and cannot answer from a dense prefill"
-                )
-            session = Session(pipeline, self.layer_types)
-        elif session.pipeline.text != key:
-            raise RequestError(
-                f"this context was prefilled by '{session.pipeline.text}'; '{key}' needs its own"
-            )
-        compat.restore_cache(prefilled.cache, prefilled.base)
-        before = session.snapshot() if session is prefilled.session else None
-        begin = self._now()
-        self._end_context(session, prefilled.cache)
-        keeps = any(step.is_stateful() for step in pipeline.steps)
-        seconds = self._now() - begin if keeps else 0.0
-        prefilled.states[key] = ContextState(session, session.snapshot(), before, seconds)
-        return prefilled.states[key]
-
-    def _end_context(self, session: Session, kv_cache: Any) -> None:
-        """Tell the states that the cache holds the context and nothing else."""
-        if session.pipeline.steps:
-            session.end_prefill(self._cached_inputs(kv_cache))
-
-    def _cached_inputs(self, kv_cache: Any) -> dict[int, Inputs]:
-        """Per layer a call without query rows over the cached keys."""
-        calls = {}
-        config = compat.text_config(self.model)
-        heads = int(config.num_attention_heads)
-        for layer, key, value in compat.cached_tensors(kv_cache):
-            if self.layer_types[layer] != "full_attention":
-                continue
-            key_len = key.shape[2]
-            calls[layer] = Inputs(
-                query=key.new_empty((key.shape[0], heads, 0, key.shape[3])),
-                key=key,
-                value=value,
-                allowed=Allowed.causal(0, key_len, device=key.device),
-                scaling=key.shape[3] ** -0.5,
-                key_len=key_len,
-                layer=layer,
-                layer_count=len(self.layer_types),
-                layer_type=self.layer_types[layer],
-                phase="prefill",
-            )
-        return calls
-
-    def _extend(
-        self,
-        kv_cache: Any,
-        ids: Sequence[int],
-        past: int,
-        session: Session | None,
-        chunk: int | None = None,
-    ) -> None:
-        """Run context tokens through the model, as it is or through a session."""
-        step = chunk or max(1, len(ids))
-        for begin in range(0, len(ids), step):
-            piece = torch.tensor([ids[begin : begin + step]], device=self.device)
-            mask = torch.ones(
-                1, past + begin + piece.shape[1], dtype=torch.long, device=self.device
-            )
-            arguments = {
-                "input_ids": piece,
-                "attention_mask": mask,
-                "logits_to_keep": 1,
-                self._cache_argument: kv_cache,
-                "use_cache": True,
-            }
-            if session is None:
-                self.model(**arguments)
-                continue
-            session.phase = "prefill"
-            with use(self.model, session):
-                self.model(**arguments)
-            session.phase = None
-
-    @contextmanager
-    def _resumed(
-        self, prefilled: Prefilled, state: ContextState, prompt: Prompt
-    ) -> Iterator[Session]:
-        """Cache and states at the end of a prompt's context.
-
-        A prompt may share more with its context than the questions share with each other: the last
-        tokens of the context may merge with the start of some questions only. The states then end
-        where they end for this question alone.
-        """
-        compat.restore_cache(prefilled.cache, prefilled.base)
-        session, extra = state.session, prompt.ids[prefilled.shared : prompt.context_tokens]
-        kept = session.layers, session.request_state
-        try:
-            if not extra:
-                session.restore(state.ended)
-            elif state.open is not None:
-                session.restore(state.open)
-                self._extend(prefilled.cache, extra, prefilled.shared, session)
-                self._end_context(session, prefilled.cache)
-            else:
-                session.layers, session.request_state = {}, {}
-                self._extend(prefilled.cache, extra, prefilled.shared, None)
-                self._end_context(session, prefilled.cache)
-            yield session
-        finally:
-            session.layers, session.request_state = kept
-
     def _generate(
-        self, prefilled: Prefilled, state: ContextState, index: int, options: dict[str, Any]
-    ) -> AnswerDetail:
-        prompt = prefilled.prompts[index]
-        self._check_length(len(prompt.ids), options["max_new_tokens"])
-        begin = self._now()
-        observed = state.session.observer_seconds
-        question = torch.tensor([prompt.ids[prompt.context_tokens :]], device=self.device)
-        clock = FirstToken(
-            lambda: self._now() - begin - (state.session.observer_seconds - observed)
+        self,
+        prefilled: Prefilled,
+        state: ContextState,
+        together: Round,
+        generation: Generation,
+    ) -> list[AnswerDetail | None]:
+        """Answer one question of every row that has one in this round."""
+        rows, padding, filler = (
+            prefilled.rows,
+            prefilled.padding,
+            generation.options["pad_token_id"],
         )
-        with self._resumed(prefilled, state, prompt) as session, use(self.model, session):
-            session.start_question()
-            output = self.model.generate(
-                question,
-                attention_mask=torch.ones(1, len(prompt.ids), dtype=torch.long, device=self.device),
-                **{self._cache_argument: prefilled.cache},
-                **clock.added_to(options),
-            )
-        seconds = self._now() - begin - (session.observer_seconds - observed)
-        new = tuple(output[0, question.shape[1] :].tolist())
-        ended = bool(new) and new[-1] in (options["eos_token_id"] or ())
-        finished = "eos" if ended else "length" if len(new) >= options["max_new_tokens"] else "stop"
-        return AnswerDetail(
-            text=self.tokenizer.decode(new, skip_special_tokens=True),
-            token_ids=new,
-            prompt_tokens=len(prompt.ids),
-            context_tokens=prompt.context_tokens,
-            new_tokens=len(new),
-            seconds_prefill=prefilled.seconds,
-            seconds_decode=seconds,
-            finished=finished,
-            backends=tuple(sorted(session.backends_used)),
-            seconds_first_token=seconds if clock.seconds is None else clock.seconds,
-            seconds_index=state.seconds,
-        )
+        prompts = together.tokens(rows, filler)
+        ids = torch.tensor(prompts, device=self.device)
+        real = compat.padding_mask(padding, len(rows), ids.shape[1], self.device)
+        begin, observed = self._now(), state.session.observer_seconds
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        def elapsed() -> float:
+            return self._now() - begin - (state.session.observer_seconds - observed)
+
+        context = prefilled.width + together.extra
+        extra = [tokens[prefilled.width : context] for tokens in prompts]
+        draws: list[list[list[tuple[tuple[int, ...], str]]]] = []
+        first_token: float | None = None
+        with seeded(generation.seed, self.devices):
+            for _ in range(generation.draws):
+                idle = () if generation.beams > 1 else together.idle
+                watch = Watch(elapsed, generation.stops, idle)
+                resumed = self._resumed(prefilled, state, extra, prefilled.width, padding)
+                with resumed as session, use(self.model, session), compat.left_padding(padding):
+                    session.start_question()
+                    kv_cache = prefilled.cache
+                    if generation.beams > 1:
+                        kv_cache = compat.repeated_cache(kv_cache, generation.beams)
+                    output = self.model.generate(
+                        ids,
+                        attention_mask=real,
+                        stopping_criteria=[watch],
+                        **{self._cache_argument: kv_cache},
+                        **generation.options,
+                    )
+                draws.append(new_tokens(output, ids, watch, generation))
+                first_token = watch.first_token if first_token is None else first_token
+        seconds = elapsed()
+        times = {
+            "seconds_prefill": prefilled.seconds,
+            "seconds_decode": seconds,
+            "seconds_first_token": seconds if first_token is None else first_token,
+            "seconds_index": state.seconds,
+        }
+        details: list[AnswerDetail | None] = []
+        for number, (row, index) in enumerate(zip(rows, together.asked, strict=True)):
+            if index is None:
+                details.append(None)
+                continue
+            sequences = [sequence for draw in draws for sequence in draw[number]]
+            detail = answer_detail(
+                self.tokenizer,
+                row.prompts[index],
+                sequences,
+                batch=len(rows),
+                backends=tuple(sorted(state.session.backends_used)),
+                **times,
+            )
+            details.append(detail)
+        return details
+
+
+def request_options(request_kwargs: Mapping[str, Any] | None) -> tuple[dict[str, Any], int | None]:
+    """The options for building prompts, and the tokens per prefill step."""
+    options = dict(request_kwargs or {})
+    unknown = sorted(set(options) - set(REQUEST_OPTIONS))
+    if unknown:
+        raise RequestError(
+            f"request option {unknown[0]!r} is not known; options are {', '.join(REQUEST_OPTIONS)}"
+        )
+    chunk = options.pop("prefill_chunk_size", None)
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise ParameterError("request", "prefill_chunk_size", chunk, "an integer >= 1")
+    return options, chunk
+
+
+def refuse_beams(pipeline: Pipeline, generation: Generation) -> None:
+    """Refuse beam search where a masker's state would have to follow the beams."""
+    if generation.beams == 1:
+        return
+    for step in pipeline.steps:
+        if step.is_stateful() or step.capabilities.shares_layers:
+            raise RequestError(
+                f"generation option 'num_beams' is not supported with masker {step.name!r}: its "
+                "state belongs to one sequence and cannot follow beams; use num_beams=1"
+            )

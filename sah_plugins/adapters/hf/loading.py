@@ -15,7 +15,12 @@ from urllib.request import getproxies
 import attrs
 
 from sah_core import registry
-from sah_core.errors import ModelNotFoundError, ParameterError, nearest_names
+from sah_core.errors import (
+    ModelNotFoundError,
+    ParameterError,
+    UnknownParameterError,
+    nearest_names,
+)
 from sah_core.models import ModelSource
 
 from .cache import file_sha256, files_sha256
@@ -28,6 +33,23 @@ if TYPE_CHECKING:
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CONTENT_SUFFIXES = {".safetensors", ".bin", ".pt", ".json", ".jinja", ".model", ".txt"}
 _OWNER = "HuggingFaceAdapter"
+_LOADING_OPTIONS = (
+    "attn_implementation",
+    "config",
+    "device_map",
+    "dtype",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_folder",
+    "quantization_config",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+    "use_safetensors",
+    "variant",
+)
+"""Names among which a slip in ``model_kwargs`` is looked for."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -165,10 +187,14 @@ def _from_pretrained(
 
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(location, **model_kwargs)
-            tokenizer = AutoTokenizer.from_pretrained(
-                location, **{"padding_side": "left", **tokenizer_kwargs}
-            )
+            with _naming("model_kwargs", model_kwargs):
+                model = AutoModelForCausalLM.from_pretrained(location, **model_kwargs)
+            with _naming("tokenizer_kwargs", tokenizer_kwargs):
+                tokenizer = AutoTokenizer.from_pretrained(
+                    location, **{"padding_side": "left", **tokenizer_kwargs}
+                )
+    except UnknownParameterError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         if source.kind == "hub" and isinstance(error, OSError):
             raise _absent_from_hub(name, model_kwargs, error) from error
@@ -176,6 +202,24 @@ def _from_pretrained(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return model, tokenizer
+
+
+@contextmanager
+def _naming(owner: str, given: Mapping[str, Any]) -> Iterator[None]:
+    """Name the argument that ``from_pretrained`` does not take."""
+    try:
+        yield
+    except TypeError as error:
+        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if found is None or found[1] not in given:
+            raise
+        raise UnknownParameterError(
+            _OWNER,
+            found[1],
+            given[found[1]],
+            f"an argument of from_pretrained in {owner}",
+            nearest_names(found[1], _LOADING_OPTIONS),
+        ) from error
 
 
 def _absent_from_hub(

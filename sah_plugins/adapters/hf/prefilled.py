@@ -1,4 +1,4 @@
-"""A context that has been read, ready for questions."""
+"""Contexts that have been read, ready for questions."""
 
 from __future__ import annotations
 
@@ -30,37 +30,79 @@ class ContextState:
     seconds: float = 0.0
 
 
-@attrs.define
-class Prefilled:
-    """A context whose keys and values are ready.
+@attrs.frozen
+class Row:
+    """One sequence of a cache.
 
     Attributes:
         request: What is asked.
         prompts: One per question.
         shared: Leading tokens that all prompts share and that the cache holds.
-        cache: The KV cache.
-        base: Its snapshot after the context.
-        seconds: Time of the prefill.
-        session: The session that ran it if the prefill was sparse, else None; only that pipeline
-            can then answer.
-        states: States built on this context, per pipeline.
-        batch: Sequences in the cache; more than one where a caller filled it with copies.
+        padding: Positions of the cache before the first of them.
     """
 
     request: Request
     prompts: list[Prompt]
     shared: int
+    padding: int = 0
+
+
+@attrs.define
+class Prefilled:
+    """Contexts whose keys and values are ready; usually one, several after `prefill_batch`.
+
+    Attributes:
+        rows: The sequences of the cache, left-padded to one length.
+        cache: The KV cache.
+        base: Its snapshot after the contexts.
+        seconds: Time of the prefill.
+        session: The session that ran it if the prefill was sparse, else None; only that pipeline
+            can then answer.
+        states: States built on the contexts, per pipeline.
+    """
+
+    rows: tuple[Row, ...]
     cache: Any
     base: list[Any]
     seconds: float
     session: Session | None = None
     states: dict[str, ContextState] = attrs.field(factory=dict)
-    batch: int = 1
+
+    @property
+    def request(self) -> Request:
+        """What is asked of the first context."""
+        return self.rows[0].request
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts of the first context, one per question."""
+        return self.rows[0].prompts
+
+    @property
+    def shared(self) -> int:
+        """Leading tokens that all prompts of the first context share and that the cache holds."""
+        return self.rows[0].shared
+
+    @property
+    def batch(self) -> int:
+        """Sequences in the cache."""
+        return len(self.rows)
+
+    @property
+    def width(self) -> int:
+        """Positions in the cache, padding included."""
+        return self.rows[0].padding + self.rows[0].shared
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """Padding of every row; nothing if no row has any."""
+        paddings = tuple(row.padding for row in self.rows)
+        return paddings if any(paddings) else ()
 
     @property
     def context_tokens(self) -> int:
         """Tokens of the longest context part among the prompts."""
-        return max(p.context_tokens for p in self.prompts)
+        return max(p.context_tokens for row in self.rows for p in row.prompts)
 
     @property
     def shareable(self) -> bool:
@@ -78,3 +120,13 @@ def shared_context(prompts: Sequence[Prompt]) -> int:
                 length = index
                 break
     return length
+
+
+def padded_rows(requests: Sequence[Request], prompts: Sequence[list[Prompt]]) -> tuple[Row, ...]:
+    """The rows of a cache, left-padded so that all contexts end together."""
+    shared = [shared_context(p) for p in prompts]
+    width = max(shared)
+    return tuple(
+        Row(request, list(made), length, width - length)
+        for request, made, length in zip(requests, prompts, shared, strict=True)
+    )

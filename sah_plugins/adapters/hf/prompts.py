@@ -67,6 +67,8 @@ def build_prompts(
     chat = has_template if chat is None else chat
     if request.system is not None and not chat:
         raise RequestError("a system message needs a chat template")
+    if request.turns and not chat:
+        raise RequestError("turns of a conversation need a chat template")
     policy = truncation or request.truncation or "middle"
     context = cut_context(request.context, tokenizer, max_context_length, policy)
     return [
@@ -97,10 +99,7 @@ def build_prompt(
     separator = request.separator if context else ""
     body = context + separator + question
     if chat:
-        messages = [{"role": "user", "content": body}]
-        if request.system is not None:
-            messages.insert(0, {"role": "system", "content": request.system})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = rendered(request, body, tokenizer)
         begin, shift = find_body(text, body)
         end = begin + max(0, len(context) - shift)
         text += prefix
@@ -118,6 +117,26 @@ def build_prompt(
         raise RequestError("the tokenizer makes no token of this prompt")
     # the question's forward pass needs a token
     return Prompt(tuple(ids), min(inside, len(ids) - 1) if context else 0)
+
+
+def rendered(request: Request, body: str, tokenizer: Any) -> str:
+    """The conversation in the chat template, ``body`` as the user's last message.
+
+    Raises:
+        RequestError: If the template refuses it, such as one that knows no system message.
+    """
+    from jinja2 import TemplateError
+
+    messages = [{"role": turn.role, "content": turn.content} for turn in request.turns]
+    messages.append({"role": "user", "content": body})
+    if request.system is not None:
+        messages.insert(0, {"role": "system", "content": request.system})
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise RequestError(f"the chat template refuses messages of {roles}: {error}") from error
+    return str(text)
 
 
 def find_body(text: str, body: str) -> tuple[int, int]:

@@ -1,0 +1,152 @@
+"""Whether a model can be patched, found out by running it.
+
+Declarations of a model class say little: some models that use the attention interface do not
+declare it, and some that declare it add something to their attention that neither mask nor cache
+shows. So every model is tried once on a few tokens before its first sparse pass: reading them in
+one go with its own attention, and in three pieces (prefill, question, decode) on a cache of ours
+through our attention with nothing left out. Both must give the same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from sah_core import compat
+from sah_core.attention import Session
+from sah_core.errors import PipelineError, UnsupportedError
+from sah_core.patching import use
+from sah_core.pipeline import Pipeline
+
+PIECES = (7, 4, 1)
+"""Tokens of prefill, question and decode in a trial."""
+FIRST_TOKEN = 10
+"""Low token ids, none of which stands for an image."""
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4}
+"""Relative error of the logits of a token that rounding may cause; `TOLERANCE_16` for types of 16
+bits.
+"""
+TOLERANCE_16 = 0.1
+
+_passed: WeakSet[Any] = WeakSet()
+
+
+def check_model(model: Any) -> None:
+    """Try a model once; later calls for it return at once.
+
+    Args:
+        model: A transformers causal language model.
+
+    Raises:
+        UnsupportedError: If its attention cannot be patched, with what is in the way.
+    """
+    if model in _passed:
+        return
+    compat.check_supported(model)
+    types = compat.layer_types(model)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(FIRST_TOKEN, FIRST_TOKEN + sum(PIECES)) % vocabulary
+    ids = ids.view(1, -1).to(compat.input_device(model))
+    with torch.no_grad(), evaluating(model):
+        try:
+            dense = model(input_ids=ids, use_cache=False).logits[0]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise _refused(model, f"a forward pass of token ids alone fails ({error})") from error
+        session = Trial(types)
+        kv_cache = compat.make_cache(model, sum(PIECES))
+        argument = compat.cache_argument(type(model).forward)
+        parts, begin = [], 0
+        with use(model, session, always=True):
+            for count in PIECES:
+                session.start_pass()
+                piece = ids[:, begin : begin + count]
+                begin += count
+                output = model(input_ids=piece, use_cache=True, **{argument: kv_cache})
+                parts.append(output.logits[0])
+                session.check_pass(model)
+    if relative_error(torch.cat(parts), dense) > TOLERANCE.get(dense.dtype, TOLERANCE_16):
+        raise _refused(
+            model,
+            "its logits change when its attention goes through the interface and a cache, so it "
+            "does something there that is not known",
+        )
+    _passed.add(model)
+
+
+def check_applies(pipeline: Pipeline, layer_types: Sequence[str]) -> None:
+    """Refuse a pipeline that would leave a whole model dense without a word.
+
+    Raises:
+        PipelineError: If it applies to no layer.
+    """
+    if pipeline.is_dense or any(
+        pipeline.is_sparse(layer, kind, phase)
+        for layer, kind in enumerate(layer_types)
+        for phase in pipeline.phases
+    ):
+        return
+    kinds = ", ".join(dict.fromkeys(layer_types))
+    raise PipelineError(
+        f"pipeline '{pipeline.text}' applies to no layer of the model, whose layers are of type "
+        f"{kinds}; choose them by layer_types (such as layer_types=[{kinds}]), layers and "
+        "dense_layers."
+    )
+
+
+class Trial(Session):
+    """A dense session that notes which layers reach it."""
+
+    def __init__(self, layer_types: tuple[str, ...]) -> None:
+        super().__init__(Pipeline.dense(), layer_types)
+        self.calls: list[int] = []
+
+    def start_pass(self) -> None:
+        """Forget the layers of the last forward pass."""
+        self.calls.clear()
+
+    def attend(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+        """As of any session."""
+        self.calls.append(layer)
+        return super().attend(layer, *args, **kwargs)
+
+    def check_pass(self, model: Any) -> None:
+        """Refuse a model some layers of which did not attend, or did so twice."""
+        for layer, layer_type in enumerate(self.layer_types):
+            count = self.calls.count(layer)
+            if count > 1:
+                raise _refused(model, f"its layer {layer} attends {count} times in one pass")
+            if not count and layer_type.endswith("_attention") and "linear" not in layer_type:
+                raise _refused(
+                    model,
+                    f"its layer {layer} ({layer_type}) does not reach transformers' attention "
+                    "interface",
+                )
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The median over tokens of the relative error of their logits: in types of 16 bits a router
+    may send a token to another expert.
+    """
+    difference = (found.double() - expected.double()).norm(dim=-1)
+    return float((difference / expected.double().norm(dim=-1).clamp(min=1e-12)).median())
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model without dropout."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _refused(model: Any, reason: str) -> UnsupportedError:
+    return UnsupportedError(what=f"model class {type(model).__name__}", reason=reason)

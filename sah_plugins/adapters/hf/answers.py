@@ -1,0 +1,92 @@
+"""From what ``generate`` returns to answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sah_core.requests import AnswerDetail, Generated
+
+from .generation import Generation, Watch
+from .prompts import Prompt
+
+
+def new_tokens(
+    output: Tensor, prompts: Tensor, watch: Watch, generation: Generation
+) -> list[list[tuple[tuple[int, ...], str]]]:
+    """The new tokens of every row and how they ended.
+
+    Args:
+        output: What ``generate`` returned, ``(rows * sequences, length)``.
+        prompts: What it was given, ``(rows, prompt length)``.
+        watch: The criterion that went with it.
+        generation: The options.
+
+    Returns:
+        Per row its sequences, each as tokens and ``eos``, ``stop`` or ``length``.
+    """
+    rows, start = prompts.shape
+    each = output.shape[0] // rows
+    stops = [-1] * output.shape[0]
+    if generation.beams == 1 and watch.stopped is not None:
+        stops = watch.stopped.tolist()
+    made = [
+        ended(tuple(tokens[start:]), stop - start if stop >= 0 else None, generation)
+        for tokens, stop in zip(output.tolist(), stops, strict=True)
+    ]
+    return [made[row * each : (row + 1) * each] for row in range(rows)]
+
+
+def ended(
+    tokens: tuple[int, ...], stop: int | None, generation: Generation
+) -> tuple[tuple[int, ...], str]:
+    """A sequence without the padding behind its end, and how it ended.
+
+    Args:
+        tokens: New tokens, padded.
+        stop: At which length a stopping criterion held; None if none did.
+        generation: The options.
+    """
+    length = next((i + 1 for i, token in enumerate(tokens) if token in generation.eos), None)
+    if length is not None and (stop is None or length <= stop):
+        return tokens[:length], "eos"
+    if stop is not None:
+        return tokens[:stop], "stop"
+    if generation.beams > 1:  # which of the beams a criterion ended is not told
+        filler = generation.options["pad_token_id"]
+        while tokens and tokens[-1] == filler:
+            tokens = tokens[:-1]
+    return tokens, "length" if len(tokens) >= generation.new_tokens else "stop"
+
+
+def answer_detail(
+    tokenizer: Any,
+    prompt: Prompt,
+    sequences: Sequence[tuple[tuple[int, ...], str]],
+    **facts: Any,
+) -> AnswerDetail:
+    """The answer to one question.
+
+    Args:
+        tokenizer: Turns tokens into text.
+        prompt: The question's prompt.
+        sequences: Tokens and end of every sequence that was asked for; the first is the answer.
+        facts: Times, batch and backends of the detail.
+    """
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _ in sequences]
+    (tokens, finished), *others = sequences
+    return AnswerDetail(
+        text=texts[0],
+        token_ids=tokens,
+        prompt_tokens=len(prompt.ids),
+        context_tokens=prompt.context_tokens,
+        new_tokens=len(tokens),
+        finished=finished,
+        others=tuple(
+            Generated(text=text, token_ids=ids, finished=end)
+            for text, (ids, end) in zip(texts[1:], others, strict=True)
+        ),
+        **facts,
+    )

@@ -1,0 +1,76 @@
+"""Which questions of a batch of contexts can be answered together.
+
+Questions of one forward pass must have the same length: padding between a context and its question
+would be counted by windows and pages, and the answers would no longer be those of each request
+alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import attrs
+
+from .prefilled import Row
+from .prompts import Prompt
+
+
+@attrs.frozen
+class Round:
+    """Questions that run together.
+
+    Attributes:
+        asked: Per row the index of its question, None for a row that has none of this length.
+        extra: Tokens of the context after what the questions of a row share.
+        question: Tokens after the context.
+    """
+
+    asked: tuple[int | None, ...]
+    extra: int
+    question: int
+
+    @property
+    def idle(self) -> tuple[int, ...]:
+        """Rows without a question, which run along for nothing."""
+        return tuple(row for row, index in enumerate(self.asked) if index is None)
+
+    def tokens(self, rows: Sequence[Row], filler: int) -> list[list[int]]:
+        """The whole prompt of every row, left-padded, as long as each other."""
+        made = []
+        for row, index in zip(rows, self.asked, strict=True):
+            if index is None:
+                ids = list(row.prompts[0].ids[: row.shared])
+                ids += [filler] * (self.extra + self.question)
+            else:
+                ids = list(row.prompts[index].ids)
+            made.append([filler] * row.padding + ids)
+        return made
+
+
+def rounds(rows: Sequence[Row], indices: Sequence[Sequence[int]]) -> Iterator[Round]:
+    """Group questions by length, as many rows at once as possible.
+
+    Args:
+        rows: The contexts.
+        indices: The questions to be asked of each; of a single context in this order.
+    """
+    waiting = [list(row) for row in indices]
+    while any(waiting):
+        lengths = Counter(
+            length
+            for row, left in zip(rows, waiting, strict=True)
+            for length in dict.fromkeys(_lengths(row, row.prompts[i]) for i in left)
+        )
+        chosen = max(lengths, key=lambda length: lengths[length])
+        asked: list[int | None] = []
+        for row, left in zip(rows, waiting, strict=True):
+            fitting = [i for i in left if _lengths(row, row.prompts[i]) == chosen]
+            asked.append(fitting[0] if fitting else None)
+            if fitting:
+                left.remove(fitting[0])
+        yield Round(tuple(asked), *chosen)
+
+
+def _lengths(row: Row, prompt: Prompt) -> tuple[int, int]:
+    return prompt.context_tokens - row.shared, len(prompt.ids) - prompt.context_tokens
