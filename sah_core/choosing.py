@@ -25,7 +25,13 @@ SCORE_BYTES = 64 * 2**20
 """Scores held at once: more query rows than fit are scored in pieces."""
 
 
-def add_best(inputs: Inputs, previous: Mask, size: Size, score: Callable[[Inputs], Tensor]) -> Mask:
+def add_best(
+    inputs: Inputs,
+    previous: Mask,
+    size: Size,
+    score: Callable[[Inputs], Tensor],
+    share: Callable[[Tensor], Tensor] | None = None,
+) -> Mask:
     """Add the ``size`` best keys of each row that may be attended and are not selected yet.
 
     Of equal scores the lower index wins.
@@ -37,6 +43,9 @@ def add_best(inputs: Inputs, previous: Mask, size: Size, score: Callable[[Inputs
         score: Gives the scores of some rows of the call: from an `Inputs` with those rows, float32
             ``(batch, heads | kv_heads, query_len, capacity)``; one row per KV head makes a
             selection that its query heads share. The result must be the caller's to give away.
+        share: For scores of a head that depend on which keys are candidates (a softmax over them):
+            from scores per query head with -inf at all other keys it makes those to choose by,
+            per query head or KV head, finite where the choice is open.
 
     Returns:
         ``previous`` united with the choice.
@@ -51,10 +60,12 @@ def add_best(inputs: Inputs, previous: Mask, size: Size, score: Callable[[Inputs
         end = min(begin + step, inputs.query_len)
         part = inputs if step >= inputs.query_len else inputs.rows(begin, end)
         scores = score(part)
+        taken = previous.rows(begin, end)
+        if share is not None:
+            scores = share(_candidates(scores, part, taken))
         keep = part.allowed.keep
         if keep is not None:
             scores = scores.masked_fill(~_shared(keep, scores.shape[1]), float("-inf"))
-        taken = previous.rows(begin, end)
         if taken.selected is not None or taken.dense is not None:
             scores = taken.exclude_from(scores)
         indices, _ = inputs.ops.masked_topk(
@@ -70,6 +81,16 @@ def add_best(inputs: Inputs, previous: Mask, size: Size, score: Callable[[Inputs
     # a choice that heads share may hold a key that only some of them have selected before
     own = previous.selected is None or previous.selected.heads <= indices.shape[1]
     return previous.union(Mask.from_indices(inputs.shape, indices), disjoint=own)
+
+
+def _candidates(scores: Tensor, inputs: Inputs, taken: Mask) -> Tensor:
+    """Scores of query heads with -inf at keys that they may not attend or have selected."""
+    allowed = inputs.allowed
+    position = torch.arange(inputs.capacity, dtype=torch.int32, device=inputs.device)
+    inside = (position >= allowed.start.unsqueeze(-1)) & (position < allowed.stop.unsqueeze(-1))
+    if allowed.keep is not None:
+        inside = inside & allowed.keep
+    return taken.exclude_from(scores.masked_fill(~inside, float("-inf")))
 
 
 def _shared(keep: Tensor, heads: int) -> Tensor:

@@ -30,6 +30,7 @@ from torch import Tensor
 from sah_core import Inputs, Mask, Masker, Search, Size, hookimpl, param
 from sah_core.choosing import add_best
 from sah_core.code_ops import code_dtype, hyperplanes
+from sah_core.mask import spread_heads
 from sah_core.ops import GROUP_REDUCTIONS, Ops, reduce_groups
 from sah_core.state import LayerInfo, TokenBuffer
 
@@ -134,7 +135,7 @@ class Socket(Masker):
         codes, norms = state.codes.first(inputs.capacity), state.norms.first(inputs.capacity)
         soft = inputs.ops.soft_collisions(self.gains(inputs.query, state.planes), codes)
         shared = reduce_groups(soft, inputs.kv_heads, self.group_reduction)
-        return shared * norms.repeat_interleave(shared.shape[1] // inputs.kv_heads, 1).unsqueeze(2)
+        return shared * spread_heads(norms, shared.shape[1]).unsqueeze(2)
 
     def gains(self, query: Tensor, planes: Tensor) -> Tensor:
         """Log-odds of every bit of the query's code, float32 ``(batch, heads, query_len, tables,
@@ -142,7 +143,7 @@ class Socket(Masker):
         """
         side = torch.tanh(torch.matmul(query.float(), planes.flatten(0, 1).t()))
         odds = side * (2 / (math.sqrt(query.shape[3]) * self.tau))
-        return odds.unflatten(3, planes.shape[:2]).transpose(3, 4)
+        return odds.view(*odds.shape[:3], *planes.shape[:2]).transpose(3, 4)
 
     def bytes_read(self, inputs: Inputs) -> int:
         """The codes and the norms of every key."""

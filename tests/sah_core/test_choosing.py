@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sah_core import Allowed, Inputs, Mask, Size, choosing
+from sah_core import Allowed, Inputs, KeyRange, Mask, Size, choosing
 from sah_core.choosing import add_best
 
 pytestmark = pytest.mark.unit
@@ -75,3 +75,31 @@ def test_nothing_is_scored_where_nothing_can_be_added():
     assert add_best(inputs, full, Size(tokens=3), pytest.fail) is full
     nothing = Mask.empty(inputs.shape)
     assert add_best(inputs, nothing, Size(tokens=0), pytest.fail) is nothing
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_heads_share_is_made_from_the_scores_of_candidates_alone(keep):
+    limits = Allowed.causal(3, 20).to_dense(20).clone()
+    limits[..., 2::5] = False
+    inputs = call(keep=limits if keep else None)
+    zero = torch.zeros((1, 1, 1), dtype=torch.int32)
+    taken = Mask.from_ranges(inputs.shape, [KeyRange(zero, zero + 2, 2)])
+    taken = taken | Mask.from_indices(inputs.shape, torch.tensor([[[[7, 11]]]]).expand(2, 4, 1, 2))
+    seen = []
+
+    def logits(part):
+        return part.ops.logits(part.query, part.key, 1.0)
+
+    def share(scores):
+        seen.append(scores)
+        return torch.softmax(scores, dim=-1).unflatten(1, (2, 2)).sum(2)
+
+    mask = add_best(inputs, taken, Size(tokens=4), logits, share)
+    candidates = inputs.allowed.to_dense(20).expand(inputs.shape) & (taken.to_dense() == 0)
+    assert torch.equal(seen[0] > float("-inf"), candidates)
+    weights = torch.softmax(logits(inputs).masked_fill(~candidates, float("-inf")), -1)
+    joint = weights.unflatten(1, (2, 2)).sum(2)
+    best = joint.topk(4).indices
+    wanted = (taken.to_dense() > 0).scatter(-1, best.repeat_interleave(2, dim=1), True)
+    allowed = inputs.allowed.to_dense(20)
+    assert torch.equal((mask & inputs.allowed).to_dense() > 0, wanted & allowed)

@@ -22,6 +22,8 @@ PIPELINES = (
     "oracle-top-k(0.2) @ dense_layers=[0]",
     "sink(4) | magicpig(lsh_l=20, lsh_k=3, max_size=0.2)",
     "local(8) | socket(0.2, lsh_l=10, lsh_k=4, group_reduction=sum)",
+    "sink(2) | pq-cache(0.2, pq_bits=3)",
+    "pq-cache(0.2, pq_bits=8, metric=ip)",
     "sink(2) | oracle-top-p(0.7, max_size=24)",
     "sink(2) | value-aware-top-k(0.2)",
     "local(4) | random-sampling(0.2)",
