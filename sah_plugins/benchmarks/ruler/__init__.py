@@ -287,6 +287,28 @@ class Ruler(Benchmark):
                 parts.append(f"{task.name}-{kind}-{self._questions_revision(task)}")
         return " ".join(parts)
 
+    def data_of(self, task: str) -> Mapping[str, Any] | None:
+        """Read the rows of the hub, or of a folder, behind ``task``; None if it has none."""
+        form = self._rows_of(self._parsed(task)[0])
+        if form is None:
+            return None
+        table = data.table(form, self.data_dir)
+        rows = sum(1 for _ in table.checked())
+        return {"place": table.place, "revision": table.revision, "rows": rows}
+
+    def fetch_data(self, task: str, folder: Path) -> Path | None:
+        """Copy the rows behind ``task`` from the hub into ``folder``; None if it has none."""
+        form = self._rows_of(self._parsed(task)[0])
+        return None if form is None else data.fetch(form, folder)
+
+    @classmethod
+    def example(cls, folder: Path) -> Self:
+        """Return a few short samples, with an essay of invented sentences."""
+        essay = folder / "essay.txt"
+        lines = (f"House {i} of the street was painted in the year {1900 + i}." for i in range(99))
+        essay.write_text(" ".join(lines), encoding="utf-8")
+        return cls(lengths=(1024,), samples=4, essay_path=str(essay))
+
     @classmethod
     def check_golden(
         cls, content: Mapping[str, Any], folder: Path
@@ -348,9 +370,16 @@ class Ruler(Benchmark):
         return _OnFirstUse(lambda form: data.questions(form, self.data_dir))
 
     def _questions_revision(self, task: QaTask) -> str:
-        if self.questions == "official" and self._path(task) is None:
-            return data.table(task.form, self.data_dir).revision
+        form = self._rows_of(task)
+        if form is not None:
+            return data.table(form, self.data_dir).revision
         return self._questions(task).digest
+
+    def _rows_of(self, task: Task) -> Form | None:
+        """The set whose rows a task reads; None if it reads none."""
+        if not isinstance(task, QaTask) or self.questions == "own" or self._path(task):
+            return None
+        return task.form
 
 
 def effective_length(

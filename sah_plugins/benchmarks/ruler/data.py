@@ -32,13 +32,22 @@ def table(form: Form, data_dir: str | None) -> Table:
     Raises:
         DataError: the folder, or the hub, does not have them.
     """
-    owner = f"ruler {'qa_1' if form == 'squad' else 'qa_2'}"
+    owner = _owner(form)
     if data_dir is None:
         return HubTable(owner=owner, source=SOURCES[form])
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
         raise DataError(owner, str(folder), "no such folder: expected the data_dir to be one")
     return find(SOURCES[form], owner, [folder / "ruler", folder])
+
+
+def fetch(form: Form, folder: Path) -> Path:
+    """Copy the rows of a set from the hub into ``folder``, as ``data_dir`` takes them.
+
+    Raises:
+        DataError: the hub does not give them.
+    """
+    return HubTable(owner=_owner(form), source=SOURCES[form]).save(folder / "ruler")
 
 
 def questions(form: Form, data_dir: str | None) -> QuestionSet:
@@ -59,6 +68,10 @@ def questions(form: Form, data_dir: str | None) -> QuestionSet:
         raise DataError(
             rows.owner, rows.place, f"expected the columns {columns} as on the hub ({reason})"
         ) from error
+
+
+def _owner(form: Form) -> str:
+    return "ruler qa_1" if form == "squad" else "ruler qa_2"
 
 
 def _squad(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -503,8 +503,11 @@ def test_rows_in_the_hub_s_schema_give_the_samples_of_the_official_file(form, tm
     ):
         expected = official(task, **{parameter: str(INPUTS / file)})
         assert official(task, questions="official", data_dir=str(tmp_path)) == expected
-        revision = ruler(task, questions="official", data_dir=str(tmp_path)).revision()
-        assert "sha256:" in revision
+        benchmark = ruler(task, questions="official", data_dir=str(tmp_path))
+        facts = benchmark.data_of(f"{task}-1024")
+        assert facts["revision"].startswith("sha256:")
+        assert facts["revision"] in benchmark.revision()
+        assert facts["rows"] == len(rows_of_squad() if task == "qa_1" else rows_of_hotpot())
 
 
 def test_a_needed_document_is_always_there_and_the_others_as_they_fit(tmp_path):
@@ -519,6 +522,29 @@ def test_a_needed_document_is_always_there_and_the_others_as_they_fit(tmp_path):
             [row] = [row for row in rows if example.question.endswith(row["question"])]
             for title, sentences in (row["context"][0], row["context"][6]):
                 assert f"{title}\n{''.join(sentences)}" in example.context
+
+
+def test_tasks_without_rows_have_no_data_to_fetch(tmp_path):
+    for task, given in (
+        ("vt", {"questions": "official"}),
+        ("qa_1", {}),
+        ("qa_1", {"questions": "official", "squad_path": str(INPUTS / "squad_mini.json")}),
+    ):
+        benchmark = ruler(task, **given)
+        assert benchmark.data_of(f"{task}-1024") is None
+        assert benchmark.fetch_data(f"{task}-1024", tmp_path) is None
+
+
+def test_rows_that_the_hub_does_not_give_say_where_else_they_can_be(tmp_path):
+    benchmark = ruler("qa_2", questions="official")
+    with pytest.raises(DataError, match=r"ruler qa_2: hub data set hotpotqa/hotpot_qa.*data-dir"):
+        benchmark.fetch_data("qa_2-1024", tmp_path)
+
+
+def test_the_example_for_the_conformance_checks_makes_every_task(tmp_path):
+    benchmark = Ruler.example(tmp_path)
+    for task in benchmark.tasks():
+        assert len(list(benchmark.examples(task, Words(), 0))) == benchmark.count(task) == 4
 
 
 # Scores over several tasks.
