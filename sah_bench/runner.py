@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from sah_core import registry
-from sah_core.benchmark import Example
+from sah_core.benchmark import Benchmark, Example
 from sah_core.pipeline import Pipeline
 
 from .answer import Answer
@@ -252,7 +252,7 @@ class ModelRun:
                 None if apart is None else apart.detail,
                 prefill_is_timed=not prefill_watched,
             )
-            scores = task_run.plan.benchmark.score(group[index], answer.detail.text)
+            scores = scores_of(task_run.plan.benchmark, group[index], answer.detail)
             run.keep(
                 sample_of(group[index], answer.detail, scores, run.observers, timing, answer.turns)
             )
@@ -290,6 +290,8 @@ class ModelRun:
         index: int,
         observers: Sequence[object],
     ) -> AnswerDetail:
+        if example.predicted is not None:
+            return self._predicted(run, prefilled, example, index, observers)
         prescribed = task_run.plan.benchmark.generation_for(task_run.task)
         generation = {**prescribed, **self.experiment.generation}
         generation["max_new_tokens"] = self.experiment.max_new_tokens or example.max_new_tokens
@@ -305,6 +307,37 @@ class ModelRun:
         detail: AnswerDetail
         [detail] = response.details
         return detail
+
+    def _predicted(
+        self,
+        run: CellRun,
+        prefilled: Any,
+        example: Example,
+        index: int,
+        observers: Sequence[object],
+    ) -> AnswerDetail:
+        """A text that is given and predicted, in the place of an answer."""
+        from sah_core.requests import AnswerDetail
+
+        [likelihood] = self.adapter.loglikelihood(
+            prefilled,
+            run.pipeline,
+            observers=list(observers),
+            indices=[index],
+            step=None if example.predicted == "question" else 1,
+        )
+        return AnswerDetail(
+            text="",
+            token_ids=likelihood.token_ids,
+            prompt_tokens=likelihood.context_tokens + 1 + len(likelihood.token_ids),
+            context_tokens=likelihood.context_tokens,
+            new_tokens=0,
+            seconds_prefill=prefilled.seconds,
+            seconds_decode=likelihood.seconds,
+            finished="predicted",
+            backends=likelihood.backends,
+            likelihood=likelihood,
+        )
 
     def _finish(self, task_run: TaskRun, run: CellRun, *, complete: bool) -> None:
         run.cell.arrange(task_run.order)
@@ -356,6 +389,13 @@ def request_of(plan: BenchmarkPlan, task: str, group: Sequence[Example]) -> Requ
     )
 
 
+def scores_of(benchmark: Benchmark, example: Example, detail: AnswerDetail) -> dict[str, float]:
+    """What the benchmark says of an answer, or of a text that was predicted."""
+    if detail.likelihood is not None:
+        return benchmark.score_text(example, detail.likelihood)
+    return benchmark.score(example, detail.text)
+
+
 def sample_of(
     example: Example,
     detail: AnswerDetail,
@@ -380,6 +420,7 @@ def sample_of(
             "new_tokens": detail.new_tokens,
             "finished": detail.finished,
             **({"turns": list(turns)} if turns else {}),
+            **({} if detail.likelihood is None else {"losses": list(detail.likelihood.losses)}),
         },
         micro={"metrics": metrics, "backends": sorted(detail.backends)},
         timing=timing,

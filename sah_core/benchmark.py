@@ -12,13 +12,17 @@ and :meth:`Benchmark.score`.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from typing import Protocol as StructuralType
 
 import attrs
 
+if TYPE_CHECKING:
+    from sah_core.requests import Likelihood
+
 Truncation = Literal["none", "middle", "head"]
 PrefixPlacement = Literal["assistant", "user"]
+Reading = Literal["question", "decode"]
 
 
 class Tokenizer(StructuralType):
@@ -110,6 +114,10 @@ class Example:
     task: str
     facts: Mapping[str, Any] = attrs.field(factory=dict)
     """JSON-able extras that scoring, breakdowns or readers use (depth, length, language, …)."""
+    predicted: Reading | None = None
+    """Not None where ``question`` is no question but a text whose tokens are given and predicted:
+    in one pass, as a question is read, or one by one, as generated tokens are. Such an example is
+    scored by :meth:`Benchmark.score_text`."""
 
     def without_context(self) -> Self:
         """Return what a score may depend on: results keep this much of an example."""
@@ -123,7 +131,7 @@ class ScoredExample:
     id: str
     task: str
     scores: Mapping[str, float]
-    """The result of :meth:`Benchmark.score`: percentages, 0 to 100."""
+    """The result of :meth:`Benchmark.score`: percentages, 0 to 100, where no unit is declared."""
     facts: Mapping[str, Any] = attrs.field(factory=dict)
 
     @classmethod
@@ -143,6 +151,9 @@ class Benchmark:
     """The score that tables show, one of the keys of :meth:`score`."""
     protocol: ClassVar[Protocol]
     """The default protocol; :meth:`protocol_for` is what a runner asks."""
+    units: ClassVar[Mapping[str, str]] = {}
+    """Units of the scores that are no percentages, such as a loss in nats per token; the main score
+    is always a percentage."""
     independent: ClassVar[bool] = False
     """Whether examples are independent draws, so that the first N are as good as any N."""
     exceptions: ClassVar[Mapping[str, str]] = {}
@@ -262,6 +273,10 @@ class Benchmark:
         results can be scored again; and needs no data.
         """
         raise NotImplementedError
+
+    def score_text(self, example: Example, likelihood: "Likelihood") -> dict[str, float]:
+        """Return the scores of a text that was predicted, see :attr:`Example.predicted`."""
+        raise NotImplementedError(f"{type(self).__name__} has no texts to be predicted")
 
     def gold(self, example: Example) -> str:
         """Return an answer that scores 100; the first reference, unless the metric wants more."""

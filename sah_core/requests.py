@@ -188,6 +188,8 @@ class AnswerDetail:
         others: Further sequences, where several were asked for (``num_return_sequences``); the
             times are those of all of them together.
         batch: Contexts that were read and answered together; the times are those of all of them.
+        likelihood: Not None where a given text was predicted in place of an answer: the text is
+            then empty and ``token_ids`` are those predicted.
     """
 
     text: str
@@ -203,6 +205,7 @@ class AnswerDetail:
     seconds_index: float = 0.0
     others: tuple[Generated, ...] = ()
     batch: int = 1
+    likelihood: Likelihood | None = None
 
     @property
     def texts(self) -> tuple[str, ...]:

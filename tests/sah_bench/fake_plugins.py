@@ -13,7 +13,7 @@ import attrs
 
 from sah_core import Benchmark, Example, Protocol, hookimpl, param
 from sah_core.errors import ContextTooLongError, ModelNotFoundError
-from sah_core.requests import AnswerDetail, Response
+from sah_core.requests import AnswerDetail, Likelihood, Response
 
 
 class FakeAdapter:
@@ -75,6 +75,19 @@ class FakeAdapter:
         )
         return Response(responses=[d.text for d in details], details=details)
 
+    def loglikelihood(self, prefilled, pipeline, *, observers=(), indices=None, step=None):
+        self.calls.append(("loglikelihood", pipeline.text, tuple(indices), step))
+        return tuple(
+            Likelihood(
+                token_ids=(5, 6),
+                losses=(1.0, 3.0) if pipeline.is_dense else (2.0, 6.0),
+                correct=(True, False),
+                context_tokens=10,
+                seconds=99.0 if observers else 2.0,
+            )
+            for _ in indices
+        )
+
 
 def tokens_of(pipeline, observers):
     """Two tokens, the second of which says what happened."""
@@ -96,7 +109,7 @@ class Quiz(Benchmark):
     folder: str | None = param(None, type=str, help="where nothing lies", location=True)
 
     def tasks(self):
-        return ("easy", "long", "broken")
+        return ("easy", "long", "broken", "prose")
 
     def examples(self, task, tokenizer, seed):
         if task == "broken":
@@ -113,6 +126,7 @@ class Quiz(Benchmark):
                     max_new_tokens=self.answer_tokens + question,
                     task=task,
                     facts={"seed": seed},
+                    predicted=("question", "decode")[question] if task == "prose" else None,
                 )
 
     def count(self, task):
@@ -120,6 +134,9 @@ class Quiz(Benchmark):
 
     def score(self, example, prediction):
         return {"accuracy": 100.0 if prediction in example.references else 0.0}
+
+    def score_text(self, example, likelihood):
+        return {"accuracy": 50.0, "loss": likelihood.loss}
 
     def revision(self):
         return "1"

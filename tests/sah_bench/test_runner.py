@@ -643,3 +643,19 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(command, tmp_
 
 def count(folder):
     return sum(path.read_bytes().count(b"\n") for path in folder.rglob("samples.jsonl"))
+
+
+def test_texts_are_predicted_in_place_of_answers(fakes, experiment):
+    results = run(experiment(tasks=["prose"], benchmarks=["quiz(contexts=1)"], timed_samples=1))
+    asked = calls(fakes, "loglikelihood")
+    assert calls(fakes, "answer") == []
+    # at once for the first text of the task, which is also timed, token by token for the second
+    for is_dense in (True, False):
+        steps = [call[2:] for call in asked if (call[1] == "dense") == is_dense]
+        assert steps == [((0,), None), ((0,), None), ((1,), 1)]
+    dense, sparse = results
+    assert dense.metrics["scores"] == {"accuracy": 50.0, "loss": 2.0}
+    assert sparse.metrics["scores"] == {"accuracy": 50.0, "loss": 4.0}
+    assert dense.decode_seconds == 2.0
+    row = json.loads((dense.folder / "samples.jsonl").read_text().splitlines()[0])
+    assert (row["prediction"], row["losses"], row["finished"]) == ("", [1.0, 3.0], "predicted")
