@@ -21,7 +21,15 @@ from typing import Any, ClassVar, Self
 import attrs
 
 from sah_core import hookimpl
-from sah_core.benchmark import Benchmark, Example, Protocol, ScoredExample, TaskInfo, Tokenizer
+from sah_core.benchmark import (
+    Benchmark,
+    Example,
+    Protocol,
+    Reading,
+    ScoredExample,
+    TaskInfo,
+    Tokenizer,
+)
 from sah_core.errors import ParameterError
 from sah_core.parameters import param
 from sah_core.requests import Likelihood
@@ -60,7 +68,7 @@ class Perplexity(Benchmark):
         0.5, type=float, minimum=0.05, maximum=0.95, help="share of the tokens that is context"
     )
     samples: int = param(4, type=int, minimum=1, help="texts per length")
-    reading: str = param(
+    reading: Reading = param(
         "question",
         type=str,
         choices=("question", "decode"),
