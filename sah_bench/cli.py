@@ -19,7 +19,7 @@ from .options import DEBUG, PLUGIN_FILES, debug_option, load_plugin_files, plugi
 COMMANDS = {
     "run": ("run", "Run models x pipelines x benchmarks and compare them."),
     "ask": ("ask", "Ask questions about a text; answers of pipelines side by side."),
-    "plugins": ("plugins", "List the plugins that are installed, or describe one."),
+    "plugins": ("plugins", "List the plugins that are installed, describe or check one."),
     "verify": ("verify", "Check plugins against expected results."),
     "profile": ("profile", "Measure time, bytes and memory of pipelines beside dense attention."),
     "artifacts": ("artifacts", "Make, convert or look into the files that methods learn offline."),

@@ -5,17 +5,26 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from typing import Any
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import click
 
 from sah_core import registry
-from sah_core.errors import UnknownPluginError, nearest_names, one_line
+from sah_core.errors import PluginFileError, UnknownPluginError, nearest_names, one_line
 from sah_core.registry import Kind, PluginEntry
 
 from ..options import debug_option, plugin_option
 
+if TYPE_CHECKING:
+    from sah_core.masker import Masker
+    from sah_core.testing import CheckResult
+
+_COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
+_STEP_NAME = re.compile(r"[\w.:-]+")
 _PAPER = re.compile(r"arXiv:?\s*\d{4}\.\d{4,5}|doi:?\s*10\.\S+|https?://\S+", re.IGNORECASE)
 
 
@@ -23,7 +32,7 @@ _PAPER = re.compile(r"arXiv:?\s*\d{4}\.\d{4,5}|doi:?\s*10\.\S+|https?://\S+", re
 @plugin_option
 @debug_option
 def plugins() -> None:
-    """List the plugins that are installed, or describe one."""
+    """List the plugins that are installed, describe or check one."""
 
 
 @plugins.command("list")
@@ -78,6 +87,66 @@ def show_plugin(name: str, kind: str | None, as_json: bool) -> None:
         if number:
             click.echo()
         _print_facts(fact)
+
+
+@plugins.command("check")
+@click.argument("what", metavar="NAME|FILE.py|STEP")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plugin_option
+@debug_option
+def check_plugin(what: str, as_json: bool) -> None:
+    """Run the conformance checks over a masker.
+
+    NAME is an installed masker and FILE.py holds one that is not; both are checked as their
+    Masker.example makes them. A STEP such as 'quest(heavy_size=8)' is checked as it is written.
+    A line per check says passed, failed or skipped, what is wrong and what to change. The exit code
+    is 1 if any failed.
+    """
+    from sah_core.testing import run_checks
+
+    with tempfile.TemporaryDirectory(prefix="sah-example-") as folder:
+        maskers = _maskers(what, Path(folder))
+        results = {masker: run_checks(masker) for masker in maskers}
+    if as_json:
+        listed = [
+            {"masker": masker.name, **attrs.asdict(result)}
+            for masker, found in results.items()
+            for result in found
+        ]
+        click.echo(json.dumps(listed, indent=2))
+    else:
+        for masker, found in results.items():
+            _print_results(masker, found)
+    if any(result.failed for found in results.values() for result in found):
+        raise click.exceptions.Exit(1)
+
+
+def _maskers(what: str, folder: Path) -> list[Masker]:
+    """The instances to check; artefacts of examples go into the folder."""
+    if what.endswith(".py"):
+        loaded = [entry for entry in registry.load_file(what) if entry.kind == "masker"]
+        if not loaded:
+            raise PluginFileError(what, "it has no masker: no function sah_masker in it")
+        return [registry.maskers[entry.id].example(folder) for entry in loaded]
+    if _STEP_NAME.fullmatch(what):
+        return [registry.maskers[what].example(folder)]
+    from sah_core.pipeline import Pipeline
+
+    return list(Pipeline.parse(what).steps)
+
+
+def _print_results(masker: Masker, results: list[CheckResult]) -> None:
+    from sah_core.parameters import to_plain
+    from sah_core.pipeline_text import format_call
+
+    click.echo(format_call(masker.name, to_plain(masker)))
+    width = max(len(result.name) for result in results)
+    for result in results:
+        status = click.style(result.status.ljust(7), fg=_COLOURS[result.status])
+        message = result.message.removeprefix(f"{masker.name}: ")
+        click.echo(f"  {status}  {result.name.ljust(width)}  {message}".rstrip())
+    counts = Counter[str](result.status for result in results)
+    click.echo(", ".join(f"{counts[status]} {status}" for status in _COLOURS))
 
 
 def _kind(name: str) -> Kind[Any]:

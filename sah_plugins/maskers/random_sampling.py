@@ -46,7 +46,7 @@ class RandomSampling(Masker):
             return previous
         left = residual_count(previous, inputs.allowed).expand(inputs.shape[:3])
         wanted = budget.capacity if budget.count is None else budget.count
-        drawn = torch.minimum(left, torch.as_tensor(wanted, device=left.device)).to(torch.int32)
+        drawn = left.clamp(max=wanted).to(torch.int32)
         found, begin = [], 0
         for part, taken in row_pieces(inputs, previous, BYTES_PER_KEY):
             end = begin + part.query_len

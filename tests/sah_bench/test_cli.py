@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from sah_bench import cli
 from sah_core import registry
 from sah_core.errors import ModelNotFoundError
+from sah_core.testing import CHECKS
 
 pytestmark = pytest.mark.unit
 
@@ -277,6 +278,53 @@ def test_a_plugin_file_that_is_absent_is_bad_input(words, place):
     assert result.exit_code == 2
     assert result.stderr.startswith("error: cannot load the plugin file")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("what", ["sink", "sparse-attention-hub:sink", "sink(2)"])
+def test_check_says_how_every_check_went(what):
+    result = invoke("plugins", "check", what)
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0] == f"sink(sink_size={2 if '(' in what else 8})"
+    assert re.fullmatch(r"  passed +docstring", lines[1])
+    assert len(lines) == 2 + len(CHECKS)
+    assert lines[-1] == f"{len(CHECKS)} passed, 0 failed, 0 skipped"
+
+
+def test_check_of_a_file_says_what_to_change_and_exits_with_1(tmp_path):
+    path = tmp_path / "wrong.py"
+    path.write_text(
+        PLUGIN.replace("Mask.full(inputs.shape)", "Mask.empty(inputs.shape)").replace(
+            "everything", "forgets"
+        )
+    )
+    try:
+        result = invoke("plugins", "check", str(path))
+        assert result.exit_code == 1
+        assert re.search(
+            r"^  failed +previous_respected +with one query row it loses keys .* previous \| sel",
+            result.output,
+            re.MULTILINE,
+        )
+        assert re.search(r"^  skipped +position_only +it does not declare", result.output, re.M)
+        found = json.loads(invoke("plugins", "check", str(path), "--json").output)
+        assert {"masker", "name", "status", "message"} == set(found[0])
+    finally:
+        registry.unload_file(path)
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("snik", "error: no masker named 'snik'. did you mean 'sink'?"),
+        ("sink(3", "error: pipeline 'sink(3': found the end"),
+        ("absent.py", "error: cannot load the plugin file"),
+    ],
+)
+def test_check_of_what_is_no_masker_is_bad_input(what, line):
+    result = invoke("plugins", "check", what)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(line)
 
 
 def test_a_name_in_the_environment_that_fits_nothing_is_a_warning(monkeypatch):

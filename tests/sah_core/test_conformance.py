@@ -1,9 +1,15 @@
-"""Conformance checks: every registered masker passes, and each check catches what it is for."""
+"""Conformance checks: every registered masker passes, and each check catches what it is for.
+
+The wrong maskers implement no paper.
+"""
 
 import functools
+import re
 import subprocess
 import sys
+import types
 import unittest
+from pathlib import Path
 from typing import ClassVar
 
 import attrs
@@ -20,10 +26,7 @@ from sah_core.testing import conformance as module
 pytestmark = pytest.mark.unit
 
 
-def by_defaults(name):
-    """The masker with its defaults; None if a parameter has none."""
-    masker = registry.maskers[name]
-    return None if any(spec.required for spec in specs(masker)) else masker()
+IN_THIS_PROCESS = [check for check in CHECKS if check is not module.check_import_weight]
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +43,13 @@ def test_the_example_of_every_registered_masker_conforms(check, name, example):
     check(example(name))
 
 
-@pytest.mark.parametrize(
-    "masker",
-    [pytest.param(m, id=m.name) for m in map(by_defaults, registry.maskers.names()) if m],
-)
-def test_every_masker_that_has_defaults_conforms_with_them(masker):
-    assert [result for result in run_checks(masker) if result.failed] == []
+@pytest.mark.parametrize("name", registry.maskers.names())
+def test_every_masker_that_has_defaults_conforms_with_them(name):
+    masker = registry.maskers[name]
+    required = [spec.name for spec in specs(masker) if spec.required]
+    if required:
+        pytest.skip(f"{', '.join(required)} must be given")
+    assert [result for result in run_checks(masker(), IN_THIS_PROCESS) if result.failed] == []
 
 
 def test_every_check_of_the_module_is_run():
@@ -73,7 +77,7 @@ def test_a_check_that_cannot_apply_says_why_and_is_a_skipped_test():
 
 
 def test_a_masker_of_one_model_is_checked_with_that_model():
-    results = {result.name: result for result in run_checks(OfOneModel())}
+    results = {result.name: result for result in run_checks(OfOneModel(), IN_THIS_PROCESS)}
     assert results["kv_groups"].status == "skipped"
     assert "fits 4 heads on 2 only" in results["kv_groups"].message
     assert results["shape"].passed
@@ -386,6 +390,168 @@ class CutsInTwo(Wrong):
         return super().select(inputs)
 
 
+@attrs.frozen(kw_only=True)
+class Overflows(Wrong):
+    """Squares large numbers in the type of the keys."""
+
+    def select(self, inputs):
+        scores = (inputs.key * 300).square().sum(-1).repeat_interleave(inputs.group, dim=1)
+        scores = scores.float()[:, :, None].expand(-1, -1, inputs.query_len, -1)
+        indices, _ = inputs.ops.masked_topk(
+            scores, 4, start=inputs.allowed.start, stop=inputs.allowed.stop
+        )
+        return Mask.from_indices(inputs.shape, indices)
+
+
+@attrs.frozen(kw_only=True)
+class SharedByTwo(Wrong):
+    """Counts its calls where all steps of a request can."""
+
+    def select(self, inputs):
+        calls = inputs.request_state["calls"] = inputs.request_state.get("calls", 0) + 1
+        return Mask.from_indices(inputs.shape, torch.full((1, 1, 1, 1), calls % inputs.capacity))
+
+
+@attrs.frozen(kw_only=True)
+class SharedByAll(Wrong):
+    """Counts the calls of whatever request it serves."""
+
+    calls: ClassVar[list] = []
+
+    def select(self, inputs):
+        self.calls.append(inputs.layer)
+        index = len(self.calls) % inputs.capacity
+        return Mask.from_indices(inputs.shape, torch.full((1, 1, 1, 1), index))
+
+
+@attrs.frozen(kw_only=True)
+class CountsOnTheHost(Wrong):
+    """Reads the length from the device."""
+
+    def select(self, inputs):
+        count = min(4, int(inputs.length))
+        indices = torch.arange(count, device=inputs.device).view(1, 1, 1, -1)
+        return Mask.from_indices(inputs.shape, indices)
+
+
+@attrs.frozen(kw_only=True)
+class ListsOnTheHost(CountsOnTheHost):
+    """Makes its indices of a list in every call."""
+
+    def select(self, inputs):
+        return Mask.from_indices(inputs.shape, torch.tensor([[[[0]]]], device=inputs.device))
+
+
+@attrs.frozen(kw_only=True)
+class PicksByFlags(Wrong):
+    """Picks the rows of a boolean mask."""
+
+    def select(self, inputs):
+        position = torch.arange(inputs.capacity, device=inputs.device)
+        return Mask.from_indices(inputs.shape, position[position < 4].view(1, 1, 1, -1))
+
+
+@attrs.frozen(kw_only=True)
+class OnTheHost(Wrong):
+    """Makes its tensors where torch makes them by default."""
+
+    def select(self, inputs):
+        return Mask.from_indices(
+            inputs.shape, torch.arange(min(4, inputs.capacity))[None, None, None]
+        )
+
+
+@attrs.frozen(kw_only=True)
+class ScoresOnTheHost(Wrong):
+    """Adds a bias that lives on the host."""
+
+    def select(self, inputs):
+        scores = inputs.key.norm(dim=-1)[:, :, None] + torch.zeros(inputs.capacity)
+        indices = scores.argmax(-1, keepdim=True).expand(-1, -1, inputs.query_len, -1)
+        return Mask.from_indices(inputs.shape, indices)
+
+
+@attrs.frozen(kw_only=True)
+class EndsWithTheBuffer(Wrong):
+    """Takes the last key of the buffer for the last key."""
+
+    def select(self, inputs):
+        last = torch.full((1, 1, 1, 1), inputs.capacity - 1, device=inputs.device)
+        return Mask.from_indices(inputs.shape, last)
+
+
+@attrs.frozen(kw_only=True)
+class AllProbabilities(Wrong):
+    """Gives a probability for each key."""
+
+    def select(self, inputs):
+        chance = torch.zeros(1, 1, 1, inputs.capacity, device=inputs.device)
+        chance[..., 0] = 1.0
+        return Mask.from_dense(chance, inputs.shape)
+
+
+@attrs.frozen(kw_only=True)
+class ComparesAllKeys(Wrong):
+    """Compares every key with every key."""
+
+    def select(self, inputs):
+        alike = inputs.key.float() @ inputs.key.float().transpose(2, 3)
+        index = alike.sum(-1).argmax(-1).amax(1).view(-1, 1, 1, 1) * 0
+        return Mask.from_indices(inputs.shape, index)
+
+
+@attrs.frozen(kw_only=True)
+class FlagsEveryPosition(Wrong):
+    """Goes through all positions to find the first."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(position_only=True)
+
+    def select(self, inputs):
+        position = torch.arange(inputs.capacity, device=inputs.device).view(1, 1, 1, -1)
+        return Mask.from_indices(inputs.shape, position[..., :4])
+
+
+@attrs.frozen(kw_only=True)
+class Greedy(Wrong):
+    """Selects twice what its size says."""
+
+    heavy_size: Size = param(8, type=Size, help="Keys.")
+
+    def select(self, inputs):
+        count = min(inputs.budget(self.heavy_size).capacity * 2, inputs.capacity)
+        indices = torch.arange(count, device=inputs.device).view(1, 1, 1, -1)
+        return Mask.from_indices(inputs.shape, indices)
+
+
+@attrs.frozen(kw_only=True)
+class Stingy(Greedy):
+    """Selects one key whatever its size says."""
+
+    def select(self, inputs):
+        return Mask.from_indices(inputs.shape, torch.zeros(1, 1, 1, 1, device=inputs.device))
+
+
+@attrs.frozen(kw_only=True)
+class LongRange(Wrong):
+    """A range that is longer than it says."""
+
+    def select(self, inputs):
+        first = inputs.allowed.first.view(-1, 1, 1)
+        return Mask.from_ranges(inputs.shape, [KeyRange(first, first, 2, stop_offset=5)])
+
+
+@attrs.frozen(kw_only=True)
+class OwnSeed(Wrong):
+    """Samples by a seed of its own."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(stochastic=True)
+
+    def select(self, inputs):
+        draws = torch.rand(inputs.capacity, generator=torch.Generator().manual_seed(0))
+        index = draws.argmax().view(1, 1, 1, 1)
+        return Mask.from_indices(inputs.shape, index, probability=torch.full((1, 1, 1, 1), 0.5))
+
+
 MISTAKES = [
     (LooksAhead(), "causality", "keys up to its own position"),
     (Forgets(), "previous_respected", "previous | selection"),
@@ -411,6 +577,22 @@ MISTAKES = [
     (Unpicklable(), "pickling", "top of a module"),
     (Admits(), "no_readmission", "previous & inputs.allowed"),
     (CutsInTwo(), "allowed_only", "no foreign masks"),
+    (LongRange(), "shape", "KeyRange a capacity"),
+    (OwnSeed(), "determinism", "another seed.*inputs.random"),
+    (Overflows(), "dtypes", "float16.*query.float()"),
+    (SharedByTwo(), "same_masker_twice", "second of two.*for itself"),
+    (SharedByAll(), "same_masker_twice", "two requests at a time"),
+    (CountsOnTheHost(), "no_host_sync", r"reads a number from the device.*inputs.budget"),
+    (ListsOnTheHost(), "no_host_sync", "copies host data to the device"),
+    (PicksByFlags(), "no_host_sync", "indexes by a boolean mask"),
+    (OnTheHost(), "device", "its mask holds a tensor on cpu.*device=inputs.device"),
+    (ScoresOnTheHost(), "device", r"mixes tensors .*in add\).*device=inputs.device"),
+    (EndsWithTheBuffer(), "captured_decode", "read inputs.length"),
+    (AllProbabilities(), "memory", "return ranges or indices"),
+    (ComparesAllKeys(), "memory", "grows from .*one score per key"),
+    (FlagsEveryPosition(), "memory", "compute the positions that it selects"),
+    (Greedy(), "density", "16 of 203 keys, where heavy_size allows 8"),
+    (Stingy(), "density", "1 of 203 keys, where heavy_size asks for 8"),
 ]
 
 
@@ -428,10 +610,66 @@ def test_a_mistake_is_caught_by_its_check_which_says_what_to_change(masker, chec
 
 
 def test_without_the_mistake_they_pass():
-    assert [r for r in run_checks(Right()) if r.failed] == []
+    assert [r for r in run_checks(Right(), IN_THIS_PROCESS) if r.failed] == []
+
+
+def test_a_module_without_a_source_is_caught(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sourceless", types.ModuleType("sourceless", "Says nothing."))
+    monkeypatch.setattr(Undocumented, "__module__", "sourceless")
+    monkeypatch.setattr(Undocumented, "__doc__", "Selects.")
+    [result] = run_checks(Undocumented(), [module.check_docstring])
+    assert result.failed
+    assert "module sourceless names no source; name the paper by its arXiv id" in result.message
+    for text in ("See arXiv 2309.17453.", "doi 10.1145/3600006", "No paper: a control."):
+        sys.modules["sourceless"].__doc__ = text
+        [result] = run_checks(Undocumented(), [module.check_docstring])
+        assert result.passed
+
+
+FILE = """
+'No paper: it imports what it does not need.'
+import {module}
+import attrs
+from sah_core import Masker, hookimpl
+
+@attrs.frozen(kw_only=True)
+class Heavy(Masker):
+    name = "heavy"
+
+@hookimpl
+def sah_masker():
+    return Heavy
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("imported", "advice"),
+    [
+        ("sah_bench", "imports sah_bench; import it inside"),
+        ("sah_plugins.maskers.sink", "another masker, sah_plugins.maskers.sink; move"),
+        ("nothing_of_this_name", "in a fresh process fails: ModuleNotFoundError"),
+    ],
+)
+def test_a_module_that_imports_too_much_is_caught(tmp_path, monkeypatch, imported, advice):
+    path = tmp_path / "heavy.py"
+    path.write_text(FILE.format(module=imported))
+    monkeypatch.setitem(sys.modules, imported, types.ModuleType(imported))
+    registry.load_file(path)
+    try:
+        [result] = run_checks(registry.maskers["heavy"](), [module.check_import_weight])
+        assert result.failed
+        assert advice in result.message
+    finally:
+        registry.unload_file(path)
 
 
 def test_every_check_catches_some_mistake():
-    assert {check for _, check, _ in MISTAKES} == {
-        check.__name__.removeprefix("check_") for check in CHECKS
-    }
+    caught = {check for _, check, _ in MISTAKES} | {"import_weight"}
+    assert caught == {check.__name__.removeprefix("check_") for check in CHECKS}
+
+
+def test_every_check_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "conformance.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert rows == [check.__name__.removeprefix("check_") for check in CHECKS]
