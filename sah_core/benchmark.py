@@ -82,6 +82,8 @@ class TaskInfo:
     """What the official code gives; None where there is none."""
     examples: int | None = None
     """How many examples the whole task has officially; None where it is as large as asked for."""
+    length: int | None = None
+    """The most tokens of prompt and answer together, of a task that is made to a length."""
     source: DataSource | None = None
     """None for a task that is generated."""
     licence: str = ""

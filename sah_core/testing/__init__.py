@@ -7,27 +7,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .benchmarks import BENCHMARK_CHECKS, run_benchmark_checks
     from .conformance import CHECKS, MODEL, CheckResult, CheckSkipped, run_checks
     from .golden import CaseResult, run_maskers
+    from .golden_metrics import run_metrics
 
 __all__ = [
+    "BENCHMARK_CHECKS",
     "CHECKS",
     "MODEL",
     "CaseResult",
     "CheckResult",
     "CheckSkipped",
+    "run_benchmark_checks",
     "run_checks",
     "run_maskers",
+    "run_metrics",
 ]
 
 _MODULES = {
+    "BENCHMARK_CHECKS": "benchmarks",
     "CHECKS": "conformance",
     "CaseResult": "golden",
     "CheckResult": "conformance",
     "CheckSkipped": "conformance",
     "MODEL": "conformance",
+    "run_benchmark_checks": "benchmarks",
     "run_checks": "conformance",
     "run_maskers": "golden",
+    "run_metrics": "golden_metrics",
 }
 
 

@@ -196,6 +196,7 @@ class NeedleInAHaystack(Benchmark):
             metric=self.main_score,
             max_new_tokens=self.max_new_tokens,
             examples=self.count(task),
+            length=int(task),
             licence="generated; wording of RULER (Apache-2.0)",
         )
 

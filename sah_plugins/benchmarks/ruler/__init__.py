@@ -145,6 +145,11 @@ class Ruler(Benchmark):
                     self.name, name, list(values), "at least one value and none twice"
                 )
 
+    @classmethod
+    def example(cls, folder: Path) -> Self:
+        """Return an instance with two short samples per task."""
+        return cls(lengths=(1024,), samples=2)
+
     def protocol_for(self, task: str) -> Protocol:
         """Return the protocol under the parameter ``chat``."""
         return attrs.evolve(self.protocol, chat=self.chat)
@@ -160,7 +165,7 @@ class Ruler(Benchmark):
 
     def info(self, task: str) -> TaskInfo:
         """Return the metric, the room for an answer and where questions come from."""
-        found, _ = self._parsed(task)
+        found, length = self._parsed(task)
         source = None
         licence = _CODE_LICENCE
         if isinstance(found, QaTask):
@@ -173,6 +178,7 @@ class Ruler(Benchmark):
             max_new_tokens=found.max_new_tokens,
             official_max_new_tokens=found.max_new_tokens,
             examples=500,
+            length=length,
             source=source,
             licence=licence,
         )
