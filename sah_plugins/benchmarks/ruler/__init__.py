@@ -145,11 +145,6 @@ class Ruler(Benchmark):
                     self.name, name, list(values), "at least one value and none twice"
                 )
 
-    @classmethod
-    def example(cls, folder: Path) -> Self:
-        """Return an instance with two short samples per task."""
-        return cls(lengths=(1024,), samples=2)
-
     def protocol_for(self, task: str) -> Protocol:
         """Return the protocol under the parameter ``chat``."""
         return attrs.evolve(self.protocol, chat=self.chat)
