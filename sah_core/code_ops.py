@@ -21,6 +21,9 @@ WORK_BYTES = 16 * 2**20
 CACHE_BYTES = 2**20
 """Temporary tensors that are read again at once stay near this, so that a cache holds them."""
 
+LEAST_WIDTH = 256
+"""Keys compared at once at least, since shorter rows cost more than they save."""
+
 
 class CodeOps:
     """Reference forms in plain torch, reached as methods of `sah_core.ops.Ops`."""
@@ -68,17 +71,24 @@ class CodeOps:
         kv_heads, key_len = key_codes.shape[1], key_codes.shape[3]
         rows = heads // kv_heads * query_len
         dtype = torch.uint8 if tables < 256 else torch.int16
-        counts = torch.zeros((batch, kv_heads, rows, key_len), dtype=dtype, device=key_codes.device)
-        queries = query_codes.reshape(batch, kv_heads, -1, tables, query_len).transpose(3, 4)
-        queries = queries.reshape(batch, kv_heads, rows, tables, 1)
-        width = max(1, min(key_len, CACHE_BYTES // (batch * kv_heads * rows)))
-        step = max(1, CACHE_BYTES // (batch * kv_heads * rows * width))
-        for begin in range(0, key_len, width):
-            part = counts[..., begin : begin + width]
-            for table in range(0, tables, step):
-                keys = key_codes[:, :, None, table : table + step, begin : begin + width]
-                same = keys == queries[..., table : table + step, :]
-                part += same.sum(3, dtype=dtype)
+        shape = (batch * kv_heads, rows, key_len)
+        counts = torch.zeros(shape, dtype=dtype, device=key_codes.device)
+        queries = query_codes.reshape(batch * kv_heads, -1, tables, query_len).transpose(2, 3)
+        queries = queries.reshape(batch * kv_heads, rows, tables, 1)
+        room = CACHE_BYTES if counts.device.type == "cpu" else WORK_BYTES
+        room //= rows * key_codes.element_size()
+        width = max(LEAST_WIDTH, room // min(tables, 255))
+        step = max(1, min(255, room // width))
+        for head, mine in enumerate(queries):
+            codes = key_codes[head // kv_heads, head % kv_heads].unsqueeze(0)
+            for begin in range(0, key_len, width):
+                part = counts[head, :, begin : begin + width]
+                for table in range(0, tables, step):
+                    keys = codes[:, table : table + step, begin : begin + width]
+                    # torch compares ten times faster into the type of the codes than into bool
+                    same = keys.new_empty((rows, *keys.shape[1:]))
+                    torch.eq(keys, mine[:, table : table + step], out=same)
+                    part += same.sum(1, dtype=keys.dtype)
         return counts.view(batch, heads, query_len, key_len)
 
     def cosines(

@@ -21,6 +21,10 @@ PIPELINES = (
     "sink(4) | local(16) | quest(heavy_size=0.2, page_size=16)",
     "sink(4) | local(0.1) | quest(heavy_size=64, page_size=32, group_reduction=sum)",
     "sink(4) | local(16) | oracle-top-k(0.1)",
+    "sink(4) | local(16) | magicpig(lsh_l=40, lsh_k=6, max_size=0.2)",
+    "sink(4) | local(16) | magicpig(lsh_l=20, lsh_k=2, max_size=48)",
+    "sink(4) | local(16) | socket(0.1, lsh_l=20, lsh_k=8)",
+    "sink(4) | local(16) | pq-cache(0.1, pq_bits=6)",
 )
 
 

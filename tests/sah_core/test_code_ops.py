@@ -25,6 +25,7 @@ def pieces(request, monkeypatch):
     if request.param == "small pieces":
         monkeypatch.setattr(code_ops, "WORK_BYTES", 1)
         monkeypatch.setattr(code_ops, "CACHE_BYTES", 40)
+        monkeypatch.setattr(code_ops, "LEAST_WIDTH", 2)
 
 
 @pytest.mark.parametrize("bits", [1, 8, 15, 16, 31])
