@@ -1,0 +1,1 @@
+"""Dilated windows and strided attention as plugins of the Sparse Attention Hub."""
