@@ -220,7 +220,8 @@ class Ops(CodeOps):
             scores = scores.gather(-1, places.expand(batch, heads, query_len, count))
         else:
             rows = take_rows(key, indices).float()
-            grouped = query.float().reshape(batch, rows.shape[1], -1, head_dim) * scaling
+            group = heads // rows.shape[1]
+            grouped = query.float().reshape(batch, rows.shape[1], group, head_dim) * scaling
             scores = grouped @ rows.transpose(2, 3)
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
@@ -246,11 +247,11 @@ class Ops(CodeOps):
             places = spread_heads(indices, heads).clamp(min=0).long()
             dense = torch.zeros((batch, heads, query_len, key_len), device=value.device)
             dense.scatter_add_(-1, places.expand(weights.shape), weights)
-            dense = dense.view(batch, kv_heads, -1, key_len)
+            dense = dense.view(batch, kv_heads, heads // kv_heads * query_len, key_len)
             rows = value.float()
         else:
             rows = take_rows(value, indices).float()
-            dense = weights.reshape(batch, rows.shape[1], -1, count)
+            dense = weights.reshape(batch, rows.shape[1], heads // rows.shape[1], count)
         squares = rows.square().sum(-1, keepdim=True)
         first, second = dense @ rows, dense.square() @ squares
         shape = (batch, heads, query_len)

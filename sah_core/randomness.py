@@ -92,3 +92,12 @@ class Random:
         radius = self.uniform(heads, query_position, key_position, 2 * draw)
         angle = self.uniform(heads, query_position, key_position, 2 * draw + 1)
         return torch.sqrt(-2 * torch.log(radius)) * torch.cos(2 * math.pi * angle)
+
+    def uniform64(
+        self, heads: int, query_position: Tensor, key_position: Tensor, draw: int = 0
+    ) -> Tensor:
+        """Uniform numbers in the open interval (0, 1) with 53 bits, float64, where the tail of a
+        distribution counts; the arguments and shape are those of `bits`.
+        """
+        top = _shift_right(self.bits(heads, query_position, key_position, draw), 12)
+        return (top.to(torch.float64) + 0.5) * 2.0**-52

@@ -323,7 +323,7 @@ AT = [(4, 2, 4, 1, 1), (4, 2, 2, 1, 1), (4, 2, 1, 1, 1), (4, 4, 4, 3, 3), (4, 2,
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "own", "query_len", "rows"), AT)
-@pytest.mark.parametrize("count", [3, 12])
+@pytest.mark.parametrize("count", [1, 3, 12])
 @pytest.mark.parametrize("softcap", [None, 0.7])
 def test_logits_at_indices_are_those_of_all_keys(
     heads, kv_heads, own, query_len, rows, count, softcap
@@ -361,6 +361,16 @@ def test_moments_are_sums_over_the_chosen_values(heads, kv_heads, own, query_len
                 )
                 square = float((w * chosen).square().sum())
                 assert float(second[b, h, q]) == pytest.approx(square, abs=1e-5)
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_no_chosen_keys_have_no_logits_and_moments_of_zero(query_len):
+    query, key = torch.ones(2, 4, query_len, 8), torch.ones(2, 2, 12, 8)
+    nothing = torch.zeros(1, 1, 1, 0, dtype=torch.int32)
+    assert REFERENCE.logits_at(query, key, nothing, 1.0).shape == (2, 4, query_len, 0)
+    first, second = REFERENCE.moments_at(key, nothing, torch.zeros(2, 4, query_len, 0))
+    assert torch.equal(first, torch.zeros(2, 4, query_len, 8))
+    assert torch.equal(second, torch.zeros(2, 4, query_len))
 
 
 def test_random_scores_count_positions_from_the_first_real_key():
