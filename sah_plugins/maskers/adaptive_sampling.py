@@ -217,8 +217,8 @@ class AdaptiveSampling(Masker):
     def need(self, estimate: "Estimate") -> Tensor:
         """The budget of the bound, float64, not yet within its limits."""
         if self.bound != "attention":
-            sums = getattr(estimate, self.bound)()
-            return self.draws(*sums, self.epsilon, self.delta, estimate)
+            spread, size = getattr(estimate, self.bound)()
+            return self.draws(spread, size, self.epsilon, self.delta, estimate)
         # with both sums within e, their ratio is within 2 e / (1 - e): solved for e
         epsilon, delta = self.epsilon / (2 + self.epsilon), self.delta / 2
         return torch.maximum(

@@ -116,3 +116,14 @@ def test_normal_numbers_have_the_moments_of_the_normal_distribution():
     assert numbers.abs().max() > 4
     other = random.normal(4, torch.arange(100).view(1, 100), keys, draw=1)
     assert abs(float((numbers * other).mean())) < 5 / math.sqrt(count)
+
+
+def test_numbers_of_53_bits_are_uniform_and_reach_far_into_the_tail():
+    position, keys = torch.arange(500).view(1, 500), torch.arange(400).view(1, 1, 1, 400)
+    numbers = Random(seed=1).uniform64(1, position, keys)
+    assert numbers.dtype == torch.float64
+    assert float(numbers.min()) > 0 < 1 - float(numbers.max())
+    assert numbers.numel() == numbers.unique().numel()
+    assert float(numbers.mean()) == pytest.approx(0.5, abs=4 * (1 / 12 / 200_000) ** 0.5)
+    low = float((numbers < 0.001).double().mean())
+    assert low == pytest.approx(0.001, abs=4 * (0.001 / 200_000) ** 0.5)
