@@ -400,7 +400,9 @@ def _metrics(values: Values) -> tuple[MetricCall, ...]:
     found = []
     for source, place in values.items("metrics"):
         with place.naming_errors():
-            found.append((MetricCall.parse(source), place))
+            metric = MetricCall.parse(source)
+            name = registry.metrics.canonical(metric.name)
+            found.append((attrs.evolve(metric, name=name), place))
     return distinct(found, lambda metric: metric.name)
 
 
@@ -413,8 +415,7 @@ def _plugin_name(values: Values, key: str, kind: Any, default: str) -> str:
             f"{short_repr(name)} is not allowed: expected the name of a {kind.singular}."
         )
     with place.naming_errors():
-        kind.entry(name)
-    return name
+        return str(kind.canonical(name))
 
 
 def _dtype(values: Values) -> str | None:
