@@ -400,9 +400,7 @@ def _metrics(values: Values) -> tuple[MetricCall, ...]:
     found = []
     for source, place in values.items("metrics"):
         with place.naming_errors():
-            metric = MetricCall.parse(source)
-            name = registry.metrics.canonical(metric.name)
-            found.append((attrs.evolve(metric, name=name), place))
+            found.append((MetricCall.parse(source), place))
     return distinct(found, lambda metric: metric.name)
 
 
@@ -415,7 +413,8 @@ def _plugin_name(values: Values, key: str, kind: Any, default: str) -> str:
             f"{short_repr(name)} is not allowed: expected the name of a {kind.singular}."
         )
     with place.naming_errors():
-        return str(kind.canonical(name))
+        kind.entry(name)
+    return name
 
 
 def _dtype(values: Values) -> str | None:

@@ -185,15 +185,6 @@ class Kind(Generic[T]):
             return attrs.evolve(plugin.entry, state="broken", reason=error.reason, checked=True)
         return attrs.evolve(plugin.entry, checked=True)
 
-    def canonical(self, name: str) -> str:
-        """The shortest name of a plugin: without its distribution where that is not needed.
-
-        Raises what ``kind[name]`` does, but imports nothing.
-        """
-        entry = self.entry(name)
-        usable = [plugin for plugin in self._matching(entry.name) if plugin.is_usable]
-        return entry.id if len(usable) > 1 else entry.name
-
     def name_of(self, value: object) -> str:
         """The name by which ``kind[name]`` finds `value`: its own ``name``, qualified if need be.
 

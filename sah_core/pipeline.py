@@ -162,9 +162,9 @@ class Pipeline:
             raise PipelineError(
                 f"a pipeline is a text, a list or a mapping, not {short_repr(source)}"
             )
-        if pipeline.backend == "auto":
-            return pipeline
-        return attrs.evolve(pipeline, backend=names.backends.canonical(pipeline.backend))
+        if pipeline.backend != "auto" and pipeline.backend not in names.backends:
+            names.backends.entry(pipeline.backend)  # raises what is wrong with the name
+        return pipeline
 
     @property
     def is_dense(self) -> bool:

@@ -1,7 +1,9 @@
 """The documentation names what exists."""
 
+import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -23,8 +25,9 @@ def test_the_plugin_table_of_the_readme_is_what_the_distribution_registers() -> 
 
 
 def test_links_of_the_documentation_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", prose):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
@@ -41,3 +44,128 @@ def test_every_hook_and_its_arguments_are_documented() -> None:
             if hook.startswith("sah_"):
                 arguments = [a for a in inspect.signature(function).parameters if a != "self"]
                 assert f"`{hook}({', '.join(arguments)})`" in text
+
+
+def test_every_error_has_a_section_with_an_example() -> None:
+    from sah_core import errors
+
+    known = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.SahError)
+    } - {"SahError"}
+    text = (ROOT / "docs" / "errors.md").read_text()
+    sections = re.split(r"^### `(\w+)`$", text, flags=re.M)
+    described = dict(zip(sections[1::2], sections[2::2], strict=True))
+    assert set(described) == known
+    for name, section in described.items():
+        assert "```python" in section, f"{name} has no example"
+        assert "```text" in section, f"the example of {name} shows no message"
+        assert name in section.split("```", 1)[1], f"the example of {name} is of something else"
+
+
+@pytest.fixture(scope="module")
+def runner() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("readme_runner", ROOT / ".ci" / "readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("a  b\n\nc", "a b\nc  ", True),
+        ("took … s", "took 1.25 s", True),
+        ("took … s", "took 1.25 m", False),
+        ("…\nlast", "one\ntwo\nlast", True),
+        ("first\n…", "first", True),
+        ("first\n…\nlast", "first\nlast", True),
+        ("first\n…\nlast", "first\nlast\nmore", False),
+        ("a…", "b", False),
+        ("───", "────────", True),
+        ("(a|b)", "a", False),
+    ],
+)
+def test_shown_output_may_leave_out_what_changes(
+    runner: ModuleType, shown: str, printed: str, same: bool
+) -> None:
+    assert runner.matches(shown, printed) is same
+
+
+PAGE = """
+<!-- file: sub/name.txt -->
+```text
+hello
+```
+
+```bash
+cat sub/name.txt; echo careful >&2
+```
+
+```text
+hello
+```
+
+<!-- exits: 3 -->
+```bash
+echo gone >&2; exit 3
+```
+
+```text
+gone
+```
+
+```bash
+exit 1
+```
+
+Words in between.
+
+```text
+not the output of the block above
+```
+
+<!-- skip: needs a card -->
+```python
+raise SystemExit
+```
+
+```python
+from pathlib import Path
+
+print(Path("sub/name.txt").read_text() * 2)
+```
+
+```text
+hello
+…
+```
+"""
+
+
+def test_the_blocks_of_a_page_run_in_one_folder(runner: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    assert runner.Page(page, tmp_path / "work").run() == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("hello\n```\n\n<!-- exits", "hallo\n```\n\n<!-- exits", "page.md:7 printed"),
+        ("exits: 3", "exits: 2", "ended with exit code 3, not 2"),
+        ("echo careful >&2", "false", "ended with exit code 1, not 0"),
+        (" * 2", ".upper()", r"page.md:\d+ printed"),
+    ],
+)
+def test_a_page_that_shows_something_else_stops_the_run(
+    runner: ModuleType, tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in PAGE
+    page = tmp_path / "page.md"
+    page.write_text(PAGE.replace(old, new))
+    with pytest.raises(SystemExit, match=message):
+        runner.Page(page, tmp_path / "work").run()

@@ -34,22 +34,6 @@ def error(document, **arguments):
     return str(caught.value)
 
 
-def test_a_qualified_name_is_taken_everywhere_and_shortened(fakes, tmp_path):
-    document = {
-        "adapter": "local:fake",
-        "models": ["m"],
-        "pipelines": ["sparse-attention-hub:sink(4) @ backend=sparse-attention-hub:sdpa"],
-        "benchmarks": ["local:quiz(contexts=2)"],
-        "metrics": ["local:asked", "sparse-attention-hub:density"],
-        "output": str(tmp_path / "results"),
-    }
-    found = resolve(document, path="e.yaml")
-    assert found.adapter == "fake"
-    assert [pipeline.text for pipeline in found.pipelines] == ["sink(sink_size=4) @ backend=sdpa"]
-    assert [plan.benchmark.name for plan in found.benchmarks] == ["quiz"]
-    assert [metric.name for metric in found.metrics] == ["asked", "density"]
-
-
 def test_the_ruler_example_runs_all_tasks_at_two_lengths_dense_and_with_four_pipelines():
     experiment = resolve(load_document(EXAMPLE.with_name("ruler.yaml")), check_output=False)
     assert len(experiment.benchmarks[0].tasks) == 2 * 13
