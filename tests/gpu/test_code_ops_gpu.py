@@ -89,6 +89,7 @@ def test_maskers_are_reproducible_on_the_device_and_choose_nearly_as_on_the_cpu(
         allowed=call.allowed.to("cuda"),
         length=None,
         query_position=None,
+        request_state={},
     )
     host = build_mask((masker,), call).to_dense()
     masks = [build_mask((masker,), moved) for _ in range(2)]
