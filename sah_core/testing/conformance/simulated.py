@@ -141,6 +141,12 @@ class Simulated:
         self._judge(name, tree_leaves((args, kwargs)), args, result_is_far)
         storages = {t.untyped_storage().data_ptr() for t in wrappers.values() for t in [near(t)]}
         result = func(*given, **options)
+        for wrapper in wrappers.values():
+            if wrapper.shape != near(wrapper).shape:
+                raise NotImplementedError(
+                    f"{name} changes a shape in place, which the simulated device cannot follow: "
+                    "use the form that returns a new tensor"
+                )
 
         def wrapped(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or not result_is_far:
