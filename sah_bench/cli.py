@@ -21,6 +21,8 @@ COMMANDS = {
     "ask": ("ask", "Ask questions about a text; answers of pipelines side by side."),
     "plugins": ("plugins", "List the plugins that are installed, describe or check one."),
     "verify": ("verify", "Check plugins against expected results."),
+    "data": ("data", "List, fetch or check the data of benchmarks."),
+    "score": ("score", "Score finished results again, without the model."),
     "profile": ("profile", "Measure time, bytes and memory of pipelines beside dense attention."),
     "artifacts": ("artifacts", "Make, convert or look into the files that methods learn offline."),
     "env": ("env", "Show versions, devices and where models come from."),

@@ -266,7 +266,7 @@ def _benchmarks(values: Values, settings: Sequence[str]) -> tuple[BenchmarkPlan,
     overrides = _overrides(settings)
     folder = values.text("data_dir")
     for value, place in values.needed("benchmarks", "benchmark"):
-        name, parameters = _benchmark_call(value, place)
+        name, parameters = benchmark_call(value, place)
         parameters |= overrides.pop(name, {})
         if folder is not None:
             with place.naming_errors():
@@ -292,7 +292,7 @@ def _set_data_dir(name: str, parameters: dict[str, Any], folder: str) -> None:
         parameters.setdefault("data_dir", folder)
 
 
-def _benchmark_call(value: Any, place: Place) -> tuple[str, dict[str, Any]]:
+def benchmark_call(value: Any, place: Place) -> tuple[str, dict[str, Any]]:
     """The name and the parameters that a text such as ``niah(samples=2)`` or a mapping means."""
     if isinstance(value, str):
         return _parse_call(value, place)

@@ -207,7 +207,7 @@ class Cell:
             for path in sorted((self.folder / RECORDS).glob("*.jsonl")):
                 _arrange_lines(path, [row["id"] for row in ordered])
             self.records = ordered
-            self._rewrite(SAMPLES, ordered)
+            replace_rows(self.folder / SAMPLES, ordered)
             self._match()
 
     def finish(self, metrics: Mapping[str, Any]) -> None:
@@ -263,11 +263,8 @@ class Cell:
         matched = [by_id[row["id"]] for row in self.records if row["id"] in by_id]
         if matched == lines.rows[: len(matched)]:
             return lines.cut(len(matched))
-        self._rewrite(name, matched)
+        replace_rows(self.folder / name, matched)
         return matched
-
-    def _rewrite(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        _replace(self.folder / name, map(_line, rows))
 
     def _recover_records(self, micro: Sequence[Mapping[str, Any]]) -> int:
         """Cut off single observations of samples that are not kept.
@@ -364,6 +361,16 @@ def configs(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 def count_lines(path: Path) -> int:
     """The whole lines of a JSON Lines file; 0 if there is none."""
     return len(_Lines.read(path).rows)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON Lines file of samples; none if there is no such file."""
+    return _Lines.read(path).rows
+
+
+def replace_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a JSON Lines file of samples in one step."""
+    _replace(path, map(_line, rows))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -313,6 +313,8 @@ class Benchmark:
     def data_of(self, task: str) -> Mapping[str, Any] | None:
         """Read all data of ``task`` and say ``place``, ``revision`` and number of ``rows``.
 
+        ``expected`` is how many rows there are officially, where that is known.
+
         Returns:
             None for a task without outside data.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from sah_core.registry import Kind, PluginEntry
 from ..options import debug_option, plugin_option
 
 if TYPE_CHECKING:
+    from sah_core.benchmark import Benchmark
     from sah_core.masker import Masker
     from sah_core.testing import CheckResult
 
@@ -95,55 +98,73 @@ def show_plugin(name: str, kind: str | None, as_json: bool) -> None:
 @plugin_option
 @debug_option
 def check_plugin(what: str, as_json: bool) -> None:
-    """Run the conformance checks over a masker.
+    """Run the conformance checks over a masker or a benchmark.
 
-    NAME is an installed masker and FILE.py holds one that is not; both are checked as their
-    Masker.example makes them. A STEP such as 'quest(heavy_size=8)' is checked as it is written.
-    A line per check says passed, failed or skipped, what is wrong and what to change. The exit code
-    is 1 if any failed.
+    NAME is an installed one and FILE.py holds one that is not; both are checked as their
+    classmethod example makes them. A STEP such as 'quest(heavy_size=8)', or a benchmark with
+    parameters such as 'niah(samples=2)', is checked as it is written. A line per check says passed,
+    failed or skipped, what is wrong and what to change. The exit code is 1 if any failed.
     """
-    from sah_core.testing import run_checks
-
     with tempfile.TemporaryDirectory(prefix="sah-example-") as folder:
-        maskers = _maskers(what, Path(folder))
-        results = {masker: run_checks(masker) for masker in maskers}
+        results = [(plugin, _checks(plugin)) for plugin in _instances(what, Path(folder))]
     if as_json:
         listed = [
-            {"masker": masker.name, **attrs.asdict(result)}
-            for masker, found in results.items()
+            {_kind_of(plugin): plugin.name, **attrs.asdict(result)}
+            for plugin, found in results
             for result in found
         ]
         click.echo(json.dumps(listed, indent=2))
     else:
-        for masker, found in results.items():
-            _print_results(masker, found)
-    if any(result.failed for found in results.values() for result in found):
+        for plugin, found in results:
+            _print_results(plugin, found)
+    if any(result.failed for _, found in results for result in found):
         raise click.exceptions.Exit(1)
 
 
-def _maskers(what: str, folder: Path) -> list[Masker]:
-    """The instances to check; artefacts of examples go into the folder."""
+def _kind_of(plugin: Masker | Benchmark) -> str:
+    from sah_core.benchmark import Benchmark
+
+    return "benchmark" if isinstance(plugin, Benchmark) else "masker"
+
+
+def _checks(plugin: Any) -> list[CheckResult]:
+    from sah_core.testing import run_benchmark_checks, run_checks
+
+    return run_benchmark_checks(plugin) if _kind_of(plugin) == "benchmark" else run_checks(plugin)
+
+
+def _instances(what: str, folder: Path) -> list[Masker | Benchmark]:
+    """The instances to check; files of examples go into the folder."""
+    kinds: dict[str, Kind[Any]] = {"masker": registry.maskers, "benchmark": registry.benchmarks}
     if what.endswith(".py"):
-        loaded = [entry for entry in registry.load_file(what) if entry.kind == "masker"]
+        loaded = [entry for entry in registry.load_file(what) if entry.kind in kinds]
         if not loaded:
-            raise PluginFileError(what, "it has no masker: no function sah_masker in it")
-        return [registry.maskers[entry.id].example(folder) for entry in loaded]
+            raise PluginFileError(
+                what, "it has no masker: no function sah_masker in it, nor sah_benchmark"
+            )
+        return [kinds[entry.kind][entry.id].example(folder) for entry in loaded]
+    name = what.partition("(")[0].strip()
+    is_benchmark = name in registry.benchmarks and name not in registry.maskers
     if _STEP_NAME.fullmatch(what):
-        return [registry.maskers[what].example(folder)]
+        return [kinds["benchmark" if is_benchmark else "masker"][what].example(folder)]
+    if is_benchmark:
+        from ..declarations import benchmark_of
+
+        return [benchmark_of(what)]
     from sah_core.pipeline import Pipeline
 
     return list(Pipeline.parse(what).steps)
 
 
-def _print_results(masker: Masker, results: list[CheckResult]) -> None:
+def _print_results(plugin: Masker | Benchmark, results: list[CheckResult]) -> None:
     from sah_core.parameters import to_plain
     from sah_core.pipeline_text import format_call
 
-    click.echo(format_call(masker.name, to_plain(masker)))
+    click.echo(format_call(plugin.name, to_plain(plugin)))
     width = max(len(result.name) for result in results)
     for result in results:
         status = click.style(result.status.ljust(7), fg=_COLOURS[result.status])
-        message = result.message.removeprefix(f"{masker.name}: ")
+        message = result.message.removeprefix(f"{plugin.name}: ")
         click.echo(f"  {status}  {result.name.ljust(width)}  {message}".rstrip())
     counts = Counter[str](result.status for result in results)
     click.echo(", ".join(f"{counts[status]} {status}" for status in _COLOURS))
@@ -203,10 +224,10 @@ def _facts(kind: Kind[Any], name: str) -> dict[str, Any]:
         "version": entry.version,
         "entry_point": entry.entry_point,
         "id": entry.id,
-        "summary": _summary(plugin),
-        "description": _module_docstring(plugin),
-        "docstring": (inspect.getdoc(plugin) or "").strip(),
-        "papers": _papers(_module_docstring(plugin)),
+        "summary": "" if isinstance(plugin, Mapping) else _summary(plugin),
+        "description": _module_docstring(plugin, entry),
+        "docstring": "" if isinstance(plugin, Mapping) else (inspect.getdoc(plugin) or "").strip(),
+        "papers": _papers(_module_docstring(plugin, entry)),
         "parameters": [
             {
                 "name": spec.name,
@@ -221,6 +242,8 @@ def _facts(kind: Kind[Any], name: str) -> dict[str, Any]:
             for spec in (specs(plugin) if isinstance(plugin, type) else ())
         ],
         "capabilities": _capabilities(plugin),
+        "tasks": _tasks(plugin) if kind.singular == "benchmark" else [],
+        "metrics": _metrics(plugin) if kind.singular == "scorer" else [],
     }
     if facts["parameters"]:
         facts["schema"] = json_schema(plugin)
@@ -231,8 +254,9 @@ def _summary(plugin: Any) -> str:
     return (inspect.getdoc(plugin) or "").strip().partition("\n")[0]
 
 
-def _module_docstring(plugin: Any) -> str:
-    return (inspect.getdoc(inspect.getmodule(plugin)) or "").strip()
+def _module_docstring(plugin: Any, entry: PluginEntry) -> str:
+    named = sys.modules.get(entry.entry_point.partition(":")[0])
+    return (inspect.getdoc(named or inspect.getmodule(plugin)) or "").strip()
 
 
 def _papers(text: str) -> list[str]:
@@ -257,6 +281,46 @@ def _capabilities(plugin: Any) -> list[str]:
     return words
 
 
+def _tasks(plugin: Any) -> list[dict[str, Any]]:
+    """What a benchmark declares of its tasks, if it can be made without parameters."""
+    from sah_core.parameters import specs
+
+    from ..declarations import declared
+
+    if any(spec.required for spec in specs(plugin)):
+        return []
+    benchmark = plugin()
+    return [declared(benchmark, task) for task in benchmark.tasks()]
+
+
+def _metrics(plugin: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "description": scorer.description,
+            "source": scorer.source,
+            "scale": scorer.scale,
+            "higher_is_better": scorer.higher_is_better,
+        }
+        for name, scorer in plugin.items()
+    ]
+
+
+def _print_tasks(tasks: list[dict[str, Any]]) -> None:
+    from ..declarations import data_lines, task_line
+
+    click.echo()
+    click.echo("Tasks:")
+    for fact in tasks:
+        click.echo(f"  {task_line(fact)}")
+    lines = data_lines(tasks)
+    if lines:
+        click.echo()
+        click.echo("Data:")
+        for line in lines:
+            click.echo(f"  {line}")
+
+
 def _print_facts(facts: dict[str, Any]) -> None:
     origin = f"{facts['distribution']} {facts['version']}".strip()
     click.echo(f"{facts['name']} ({facts['kind']}, {origin}, {facts['entry_point']})")
@@ -271,6 +335,11 @@ def _print_facts(facts: dict[str, Any]) -> None:
     if facts["capabilities"]:
         click.echo()
         click.echo(f"Declares: {'; '.join(facts['capabilities'])}.")
+    if facts["tasks"]:
+        _print_tasks(facts["tasks"])
+    for metric in facts["metrics"]:
+        click.echo()
+        click.echo(f"{metric['name']}: {metric['description']}; after {metric['source']}")
     click.echo()
     if not facts["parameters"]:
         click.echo("No parameters.")

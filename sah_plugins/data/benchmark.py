@@ -114,7 +114,11 @@ class TableBenchmark(Benchmark):
         """
         table = self.table(task)
         rows = sum(1 for _ in table.checked())
-        return {"place": table.place, "revision": table.revision, "rows": rows}
+        found = {"place": table.place, "revision": table.revision, "rows": rows}
+        info = self.info(task)
+        if self.one_per_row and info is not None and info.examples is not None:
+            found["expected"] = info.examples
+        return found
 
     def fetch_data(self, task: str, folder: Path) -> Path:
         """Copy the rows from the hub into ``folder``, as ``data_dir`` takes them.
