@@ -54,7 +54,7 @@ def test_example_resolves():
 
 
 def test_all_tasks_run_unless_some_are_named(document):
-    assert read(document).benchmarks[0].tasks == ("easy", "long", "broken")
+    assert read(document).benchmarks[0].tasks == ("easy", "long", "broken", "prose")
     document["benchmarks"] = [{"quiz": {"contexts": 2, "tasks": ["easy"]}}]
     [plan] = read(document).benchmarks
     assert plan.tasks == ("easy",)
@@ -222,7 +222,7 @@ def test_tasks_may_be_patterns(document, asked, tasks):
 
 def test_a_pattern_that_fits_nothing_is_an_error(document):
     assert error(document, flags={"tasks": ["x*"]}) == (
-        "--task: no task fits 'x*'. the tasks are easy, long, broken."
+        "--task: no task fits 'x*'. the tasks are easy, long, broken, prose."
     )
 
 
