@@ -9,8 +9,8 @@ attended. Signatures are packed into 32-bit words and compared by XOR and a coun
 
 Differs from the paper in ``group_reduction`` and in key MLPs that a KV group may share. An output
 of exactly 0 counts as a negative sign; of keys that agree equally, which are many with so few
-levels, the earlier wins. Reads ``hat_bits / 8`` bytes per key and signature head per query and
-keeps as much.
+levels, the earlier wins. Reads ``hat_bits / 8`` bytes per key and signature head, and the weights
+of the query's MLPs, per query; keeps ``hat_bits / 8`` bytes per key and signature head.
 """
 
 from __future__ import annotations
@@ -165,9 +165,11 @@ class HashAttention(Masker):
         return add_best(inputs, previous, self.heavy_size, score)
 
     def bytes_read(self, inputs: Inputs) -> int:
-        """The signature of every key."""
-        words: Tensor = inputs.state.words[:, :, : inputs.capacity]
-        return words.numel() * words.element_size()
+        """The signature of every key, and the weights that hash the query."""
+        state: Signatures = inputs.state
+        words = state.words[:, :, : inputs.capacity]
+        weights = [t for linear in state.functions.query for t in linear]
+        return sum(t.numel() * t.element_size() for t in (words, *weights))
 
 
 @hookimpl

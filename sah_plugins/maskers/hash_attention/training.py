@@ -29,6 +29,8 @@ HELD_OUT = 0.1
 MEASURED = 4
 """Windows of held-out text."""
 
+RELAXATIONS = ("none", "tanh")
+
 
 @attrs.frozen(kw_only=True)
 class HashTraining(ModelTool):
@@ -48,6 +50,11 @@ class HashTraining(ModelTool):
     hidden: int = param(128, minimum=1, help="Width of the two hidden layers.")
     per_kv_head: bool = param(
         False, help="One key MLP per KV head, so that keys have one signature per KV head."
+    )
+    relaxation: str = param(
+        "none",
+        choices=RELAXATIONS,
+        help="What stands for the signs while learning: none, the outputs as they are; or tanh.",
     )
     seed: int = param(0, minimum=0, help="Seed of the first weights.")
 
@@ -96,6 +103,7 @@ class HashTraining(ModelTool):
             "steps": str(self.steps),
             "length": str(self.length),
             "top": str(self.top),
+            "relaxation": self.relaxation,
             "seed": str(self.seed),
             **{what: f"{value:.3f}" for what, value in recalls.items()},
         }
@@ -148,8 +156,10 @@ class LayerTraining:
             The loss before the step.
         """
         open_pairs, positive = best_pairs(query, key, self.options.top)
-        hashed = apply_mlp(self.query, query)
-        logits = torch.matmul(hashed, self._keys(key, query.shape[0]).transpose(1, 2))
+        hashed, keys = apply_mlp(self.query, query), self._keys(key, query.shape[0])
+        if self.options.relaxation == "tanh":
+            hashed, keys = hashed.tanh(), keys.tanh()
+        logits = torch.matmul(hashed, keys.transpose(1, 2))
         weight = torch.where(positive, self.options.positive_weight, 1.0) * open_pairs
         loss = torch.nn.functional.binary_cross_entropy_with_logits(
             logits, positive.float(), weight, reduction="sum"

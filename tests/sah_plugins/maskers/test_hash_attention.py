@@ -195,7 +195,8 @@ def test_key_functions_per_kv_head_halve_what_is_read(tmp_path):
         path = weight_file(tmp_path, key_heads=key_heads)
         masker = HashAttention(hat_weight_file=path)
         sizes[key_heads] = masker.bytes_read(with_state(masker, call()))
-    assert sizes == {4: 4 * 61 * 4, 2: 2 * 61 * 4}
+    weights = 4 * (8 * 6 + 6 + 6 * 5 + 5 + 5 * 32 + 32) * 4
+    assert sizes == {4: 4 * 61 * 4 + weights, 2: 2 * 61 * 4 + weights}
 
 
 def test_the_weights_are_required():
@@ -513,8 +514,17 @@ def test_trained_weights_fit_the_model(tmp_path, tiny, per_kv_head):
     assert state.words.shape[1] == heads
 
 
-def test_the_first_step_has_the_loss_of_the_definition():
-    options = HashTraining(hidden=10, bits=8, top=0.25, positive_weight=5.0, per_kv_head=True)
+@pytest.mark.parametrize("relaxation", ["none", "tanh"])
+def test_the_first_step_has_the_loss_of_the_definition(relaxation):
+    options = HashTraining(
+        hidden=10,
+        bits=8,
+        top=0.25,
+        positive_weight=5.0,
+        per_kv_head=True,
+        relaxation=relaxation,
+    )
+    relaxed = torch.tanh if relaxation == "tanh" else torch.clone
     torch.manual_seed(0)
     query, key = torch.randn(4, 3, 16), torch.randn(2, 9, 16)
     layer = LayerTraining(options, 0, query, key)
@@ -525,11 +535,10 @@ def test_the_first_step_has_the_loss_of_the_definition():
             stop = 9 - 3 + row + 1
             logits = key[head // 2, :stop] @ query[head, row]
             best = logits.argsort(descending=True)[: max(1, int(0.25 * stop))].tolist()
-            hashed = outputs(before.query, head, query[head, row]).double()
+            hashed = relaxed(outputs(before.query, head, query[head, row]).double())
             for k in range(stop):
-                chance = torch.sigmoid(
-                    hashed @ outputs(before.key, head // 2, key[head // 2, k]).double()
-                )
+                coded = relaxed(outputs(before.key, head // 2, key[head // 2, k]).double())
+                chance = torch.sigmoid(hashed @ coded)
                 total -= float(5 * chance.log() if k in best else (1 - chance).log())
                 pairs += 1
     assert layer.step(query, key) == pytest.approx(total / pairs, rel=1e-5)
