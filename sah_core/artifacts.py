@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConvertTool",
+    "Material",
     "ModelTool",
     "Progress",
     "content_hash",
@@ -100,6 +101,23 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+@attrs.frozen(kw_only=True, eq=False)
+class Material:
+    """What an artefact is made from.
+
+    Attributes:
+        model: A transformers causal language model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        name: What the model is called, for the metadata.
+        texts: What the model reads.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    texts: Sequence[str]
+
+
 @attrs.frozen(kw_only=True)
 class ModelTool:
     """Makes an artefact from a model and texts; calibration and training are of this kind.
@@ -108,20 +126,11 @@ class ModelTool:
     (`sah_core.param`) and whose docstring says in its first line what is made.
     """
 
-    def make(
-        self,
-        model: Any,
-        tokenizer: Any,
-        texts: Sequence[str],
-        output: Path,
-        progress: Progress,
-    ) -> Mapping[str, Any]:
+    def make(self, material: Material, output: Path, progress: Progress) -> Mapping[str, Any]:
         """Write the artefact, all of it or nothing.
 
         Args:
-            model: A transformers causal language model, in evaluation mode.
-            tokenizer: Its tokenizer.
-            texts: What the model reads.
+            material: Model and texts.
             output: The file to write; an existing one is replaced.
             progress: To be called after every step.
 

@@ -152,6 +152,8 @@ def _make(
     no_progress: bool,
 ) -> Mapping[str, Any]:
     """Load the model and let the tool work on it."""
+    from sah_core.artifacts import Material
+
     from ..experiment import check_folder
     from ..progress import reporter
 
@@ -169,7 +171,13 @@ def _make(
             shown.working_on(text)
             shown.advance()
 
-        facts: Mapping[str, Any] = tool.make(loaded.model, loaded.tokenizer, read, output, progress)
+        material = Material(
+            model=loaded.model,
+            tokenizer=loaded.tokenizer,
+            name=str(loaded.identity().get("model", model)),
+            texts=read,
+        )
+        facts: Mapping[str, Any] = tool.make(material, output, progress)
     return facts
 
 

@@ -34,11 +34,12 @@ class Count(ModelTool):
     label: str = param("", type=str, help="A text.")
     twice: bool = param(False, help="A switch.")
 
-    def make(self, model, tokenizer, texts, output, progress):
+    def make(self, material, output, progress):
         for done in (1, 2):
             progress(done, 2, "counting")
-        words = sum(len(text.split()) for text in texts) * self.factor * (1 + self.twice)
-        output.write_text(f"{model} {tokenizer} {words} {self.label}")
+        words = sum(len(text.split()) for text in material.texts) * self.factor * (1 + self.twice)
+        said = (material.model, material.tokenizer, material.name, words, self.label)
+        output.write_text(" ".join(map(str, said)))
         return {"words": words, "share": str(self.share)}
 
 
@@ -86,6 +87,9 @@ class Toy:
     def __init__(self, model_name, *, device=None, dtype=None):
         self.model, self.tokenizer = f"model {model_name}", f"{device} {dtype}"
 
+    def identity(self):
+        return {"model": "a toy"}
+
 
 @pytest.fixture
 def plugins():
@@ -116,7 +120,7 @@ def test_the_tool_of_a_third_party_is_a_command_with_its_options(plugins, tmp_pa
     options = ["--factor", 3, "--share", "25%", "--label", "5", "--twice", "--device", "cpu"]
     result = invoke("calibrate", "third", *arguments, *options)
     assert result.exit_code == 0, result.output
-    assert output.read_text() == "model m cpu None 18 5"
+    assert output.read_text() == "model m cpu None a toy 18 5"
     assert result.stdout.splitlines() == [f"wrote {output}", "  words: 18", "  share: 0.25"]
     assert "[2/2" in result.stderr
 

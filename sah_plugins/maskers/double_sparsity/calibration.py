@@ -7,7 +7,7 @@ For every causal pair of a query i and a key j ≤ i of the calibration text, ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sah_core import Inputs, param
-from sah_core.artifacts import ModelTool, Progress, watch_attention
+from sah_core.artifacts import Material, ModelTool, Progress, watch_attention
 from sah_plugins.artifacts.texts import token_windows
 
 from .channels import SELECTIONS, write_channels
@@ -33,24 +33,16 @@ class ChannelCalibration(ModelTool):
         help="Rank once per KV head, over its query heads together: labels take that much less.",
     )
 
-    def make(
-        self,
-        model: Any,
-        tokenizer: Any,
-        texts: Sequence[str],
-        output: Path,
-        progress: Progress,
-    ) -> Mapping[str, Any]:
+    def make(self, material: Material, output: Path, progress: Progress) -> Mapping[str, Any]:
         """Read the windows, add up the channels, write the file."""
-        windows = token_windows(tokenizer, texts, self.length, self.samples)
+        windows = token_windows(material.tokenizer, material.texts, self.length, self.samples)
         sums = ChannelSums(per_kv_head=self.per_kv_head)
         for done, window in enumerate(windows, start=1):
-            watch_attention(model, window.to(model.device), sums.add)
+            watch_attention(material.model, window.to(material.model.device), sums.add)
             progress(done, len(windows), f"{self.length} tokens each")
         orders = sums.orders()
-        name = getattr(model.config, "name_or_path", "") or type(model).__name__
         facts = {
-            "model": Path(name).name,
+            "model": material.name,
             "samples": str(len(windows)),
             "length": str(self.length),
             "heads": "kv" if self.per_kv_head else "query",

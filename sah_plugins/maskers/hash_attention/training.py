@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sah_core import Inputs, Size, param
-from sah_core.artifacts import ModelTool, Progress, watch_attention
+from sah_core.artifacts import Material, ModelTool, Progress, watch_attention
 from sah_core.ops import REFERENCE
 from sah_plugins.artifacts.texts import token_windows
 
@@ -58,19 +58,13 @@ class HashTraining(ModelTool):
     )
     seed: int = param(0, minimum=0, help="Seed of the first weights.")
 
-    def make(
-        self,
-        model: Any,
-        tokenizer: Any,
-        texts: Sequence[str],
-        output: Path,
-        progress: Progress,
-    ) -> Mapping[str, Any]:
+    def make(self, material: Material, output: Path, progress: Progress) -> Mapping[str, Any]:
         """Train, measure on held-out text, write the weights."""
         chunks = -(-self.length // self.chunk)
         count = -(-self.steps // chunks)
-        windows = token_windows(tokenizer, texts, self.length, count, end=1 - HELD_OUT)
-        held_out = token_windows(tokenizer, texts, self.length, MEASURED, begin=1 - HELD_OUT)
+        model, read = material.model, (material.tokenizer, material.texts, self.length)
+        windows = token_windows(*read, count, end=1 - HELD_OUT)
+        held_out = token_windows(*read, MEASURED, begin=1 - HELD_OUT)
         layers: dict[int, LayerTraining] = {}
         first: dict[int, HashFunctions] = {}
         done = 0
@@ -97,9 +91,8 @@ class HashTraining(ModelTool):
             for name, functions in (("recall", trained), ("recall_untrained", first)):
                 each = [recall(functions[i], q, k, self.top) for i, (q, k) in calls.items()]
                 recalls[name] += sum(each) / len(each) / len(held_out)
-        name = getattr(model.config, "name_or_path", "") or type(model).__name__
         facts = {
-            "model": Path(name).name,
+            "model": material.name,
             "steps": str(self.steps),
             "length": str(self.length),
             "top": str(self.top),

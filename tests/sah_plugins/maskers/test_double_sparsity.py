@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sah_core import Allowed, Inputs, Mask, Pipeline, Size, attach
-from sah_core.artifacts import watch_attention
+from sah_core.artifacts import Material, watch_attention
 from sah_core.attention import layer_info
 from sah_core.errors import ArtifactError, MissingParameterError, ParameterError, UnsupportedError
 from sah_core.parameters import from_plain
@@ -279,6 +279,10 @@ def tiny(models):
 TEXT = "the cat sat on the mat and the dog ran in the sun. " * 40
 
 
+def material(tiny):
+    return Material(model=tiny[0], tokenizer=tiny[1], name="tiny", texts=[TEXT])
+
+
 def expected_sums(model, windows):
     """All causal pairs, one by one, from the keys and queries of a plain forward pass."""
     found = {}
@@ -306,7 +310,7 @@ def test_channels_are_ranked_by_the_mean_product_over_causal_pairs(tmp_path, tin
     path = tmp_path / f"channels.{suffix}"
     steps = []
     tool = ChannelCalibration(samples=3, length=7)
-    facts = tool.make(model, tokenizer, [TEXT], path, lambda *step: steps.append(step[:2]))
+    facts = tool.make(material(tiny), path, lambda *step: steps.append(step[:2]))
     assert steps == [(1, 3), (2, 3), (3, 3)]
     assert facts["layers"] == model.config.num_hidden_layers
     sums = expected_sums(model, token_windows(tokenizer, [TEXT], 7, 3))
@@ -315,6 +319,7 @@ def test_channels_are_ranked_by_the_mean_product_over_causal_pairs(tmp_path, tin
     else:
         with safe_open(path, "pt") as file:
             assert file.metadata()["format"] == "double-sparsity-channels"
+            assert file.metadata()["model"] == "tiny"
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for (layer, head), total in sums.items():
         order = content[NAME.format(layer, "qk_proj")][head].long()
@@ -326,7 +331,7 @@ def test_the_file_fits_the_model_it_was_made_for(tmp_path, tiny):
     for per_kv_head, selection in ((False, "q_proj"), (True, "qk_proj"), (False, "k_proj")):
         path = tmp_path / f"{per_kv_head}-{selection}.safetensors"
         tool = ChannelCalibration(samples=2, length=16, per_kv_head=per_kv_head)
-        tool.make(model, tokenizer, [TEXT], path, lambda *step: None)
+        tool.make(material(tiny), path, lambda *step: None)
         masker = DoubleSparsity(
             heavy_size=3,
             sorted_channel_file=str(path),

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sah_core import Allowed, Inputs, Mask, Pipeline, Size, attach
+from sah_core.artifacts import Material
 from sah_core.attention import layer_info
 from sah_core.errors import ArtifactError, MissingParameterError, UnsupportedError
 from sah_core.parameters import from_plain
@@ -484,7 +485,8 @@ def train(tiny, path, **options):
     steps = []
     sizes = {"steps": 3, "length": 24, "chunk": 16, "hidden": 10, "bits": 8}
     tool = HashTraining(**{**sizes, **options})
-    facts = tool.make(*tiny, [TEXT], path, lambda *step: steps.append(step[:2]))
+    material = Material(model=tiny[0], tokenizer=tiny[1], name="tiny", texts=[TEXT])
+    facts = tool.make(material, path, lambda *step: steps.append(step[:2]))
     return facts, steps
 
 
