@@ -76,6 +76,7 @@ class Answer:
         pipeline: The pipeline's label.
         question: Index of the question.
         text: The answer.
+        others: Further answers, where several sequences were asked for.
         context_tokens: Tokens of the context.
         new_tokens: Generated tokens.
         finished: ``eos``, ``length`` or ``stop``.
@@ -95,6 +96,7 @@ class Answer:
     pipeline: str
     question: int
     text: str = ""
+    others: tuple[str, ...] = ()
     context_tokens: int = 0
     new_tokens: int = 0
     finished: str = ""
@@ -261,6 +263,7 @@ def _answer(pipeline: Pipeline, index: int, detail: AnswerDetail, **measured: An
         pipeline=pipeline.label,
         question=index,
         text=detail.text,
+        others=detail.texts[1:],
         context_tokens=detail.context_tokens,
         new_tokens=detail.new_tokens,
         finished=detail.finished,

@@ -229,7 +229,7 @@ def answers_table(answers: Sequence[Answer]) -> Table:
     texts = [
         Text(f"error: {answer.error}", style="red")
         if answer.error
-        else Text(answer.text.strip("\n") or "(nothing)")
+        else Text("\n\n".join(t.strip("\n") or "(nothing)" for t in (answer.text, *answer.others)))
         for answer in answers
     ]
     table.add_row("answer", *texts)

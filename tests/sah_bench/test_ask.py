@@ -179,6 +179,14 @@ def test_where_two_answers_part(dense, here, expected):
         assert (found.token, found.before, found.dense, found.here) == expected
 
 
+def test_further_sequences_stand_below_the_first():
+    row = [Answer(pipeline="dense", question=0, text="first", others=("second", ""))]
+    console = Console(file=io.StringIO(), width=80)
+    print_answers(["why?"], [row], console)
+    words = console.file.getvalue().split()
+    assert words.index("first") < words.index("second") < words.index("(nothing)")
+
+
 def shown(width, pipelines=2):
     row = [
         Answer(pipeline=f"pipeline {i}", question=0, text=f"text {i} " + "word " * 30)

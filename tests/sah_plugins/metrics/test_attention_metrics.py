@@ -176,6 +176,9 @@ def test_recall_of_the_true_top_keys_is_1_and_ties_are_no_misses():
     metric = Recall(k=8)
     show(metric, even, late)
     assert metric.result()["mean"] == 0.5
+    metric = Recall(k=2)
+    show(metric, even, late)
+    assert metric.result()["max"] == 1.0
 
 
 def test_selecting_everything_has_no_error_and_loses_nothing():
@@ -249,6 +252,20 @@ def test_each_nth_query_row_of_a_sample_is_measured(every, expected):
     found = [(r["step"], r["rows"], r["value"]) for r in metric.records() if r["layer"] == 1]
     assert found == expected
     assert [r["layer"] for r in metric.records()] == [0, 1] * len(expected)
+
+
+def test_rows_of_padding_count_nowhere():
+    metric, inputs = Position(), call(query_len=12, first=(9, 0))
+    show(metric, inputs, choose(inputs))
+    [record] = metric.records()
+    assert record["rows"] == 3 + 12
+    assert record["value"] == pytest.approx((9 + 10 + 11 + sum(range(12))) / 15, rel=1e-5)
+
+
+def test_passes_of_a_model_with_one_layer_are_told_apart():
+    metric = Position()
+    generation(metric, [3, 1, 1], layers=1)
+    assert [(r["step"], r["rows"]) for r in metric.records()] == [(0, 3), (1, 1), (2, 1)]
 
 
 def test_records_stop_at_the_cap_and_the_result_goes_on():
