@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +57,33 @@ def load(source: DataSource, commit: str, owner: str) -> Any:
             return datasets.load_dataset(
                 source.hub, source.config, split=source.split, revision=commit
             )
-        path = file_url(source, commit)
-        builder = _BUILDERS[os.path.splitext(source.files)[1]]
-        return datasets.load_dataset(builder, data_files={source.split: path}, split=source.split)
+        path = _downloaded(source, commit, Path(datasets.config.HF_DATASETS_CACHE))
+        files = {source.split: str(path)}
+        return datasets.load_dataset(_BUILDERS[path.suffix], data_files=files, split=source.split)
     except Exception as error:  # of many libraries: whatever they raise means that there are none
         place = f"hub data set {source.hub} at {commit}"
         reason = f"{type(error).__name__}: {one_line(str(error))}"
         raise DataError(owner, place, f"cannot be loaded ({reason}): {_HELP}") from error
 
 
-def file_url(source: DataSource, commit: str) -> str:
-    """Return where the file of a source lies, inside an archive if its path has a ``::``."""
+def _downloaded(source: DataSource, commit: str, cache: Path) -> Path:
+    """The local copy of the file of a source, taken out of its archive if it lies in one."""
+    from huggingface_hub import hf_hub_download
+
     outer, inside, inner = (source.files or "").partition("::")
-    url = f"hf://datasets/{source.hub}@{commit}/{outer}"
-    return f"zip://{inner}::{url}" if inside else url
+    path = Path(hf_hub_download(source.hub, outer, repo_type="dataset", revision=commit))
+    if not inside:
+        return path
+    folder = cache / "sparse-attention-hub" / source.hub.replace("/", "--") / commit
+    target = folder / inner
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}-{os.getpid()}")
+        with (
+            zipfile.ZipFile(path) as archive,
+            archive.open(inner) as packed,
+            part.open("wb") as file,
+        ):
+            shutil.copyfileobj(packed, file)
+        os.replace(part, target)
+    return target

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import re
+from pathlib import Path
 from typing import ClassVar
 
 import attrs
@@ -194,3 +196,13 @@ def test_what_a_benchmark_raises_fails_the_check():
 
     failed = {result.name for result in run_benchmark_checks(Raising()) if result.failed}
     assert {"gold", "empty", "score_range"} <= failed
+
+
+def test_the_benchmark_of_the_documentation_conforms():
+    page = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+    [source] = re.findall(r"```python\n(import attrs\n.*?)```", page.read_text(), re.S)
+    namespace = {"__name__": __name__}
+    exec(source, namespace)
+    globals()["Capitals"] = namespace["Capitals"]  # where a pickled instance is looked for
+    results = run_benchmark_checks(namespace["sah_benchmark"]()())
+    assert [result for result in results if result.failed] == []

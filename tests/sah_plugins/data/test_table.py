@@ -2,6 +2,7 @@
 
 import csv
 import json
+import zipfile
 from typing import ClassVar
 
 import attrs
@@ -221,16 +222,45 @@ class TestHub:
         with pytest.raises(DataError, match=r"at abc: cannot be loaded \(ConnectionError: no net"):
             hub.load(source, "abc", "quiz easy")
 
-    @pytest.mark.parametrize(
-        ("files", "builder", "url"),
-        [
-            ("data/a.jsonl", "json", "hf://datasets/someone/quiz@abc/data/a.jsonl"),
-            ("d.zip::d/a.csv", "csv", "zip://d/a.csv::hf://datasets/someone/quiz@abc/d.zip"),
-        ],
-    )
-    def test_files_are_named_at_the_commit(self, monkeypatch, files, builder, url):
+    @pytest.mark.parametrize("files", ["data/easy.jsonl", "data.zip::data/easy.jsonl"])
+    def test_a_file_of_a_data_set_is_loaded_at_the_commit(self, tmp_path, monkeypatch, files):
+        datasets = pytest.importorskip("datasets")
+        import huggingface_hub
+
+        path = write(tmp_path / "data" / "easy.jsonl")
+        if "::" in files:
+            with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+                archive.write(path, "data/easy.jsonl")
+            path.unlink()
+        asked = []
+
+        def download(repo, name, *, repo_type, revision):
+            asked.append((repo, name, repo_type, revision))
+            return str(tmp_path / name)
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        source = attrs.evolve(Quiz().source("easy"), files=files)
+        data = hub.load(source, "abc", "quiz easy")
+        assert [row["answers"] for row in data] == [row["answers"] for row in ROWS]
+        assert asked == [("someone/quiz", files.partition("::")[0], "dataset", "abc")]
+
+    def test_a_data_set_is_asked_for_at_the_commit(self, monkeypatch):
         datasets = pytest.importorskip("datasets")
         calls = []
         monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)))
-        hub.load(attrs.evolve(Quiz().source("easy"), files=files), "abc", "quiz easy")
-        assert calls == [((builder,), {"data_files": {"test": url}, "split": "test"})]
+        hub.load(Quiz().source("easy"), "abc", "quiz easy")
+        assert calls == [(("someone/quiz", "easy"), {"split": "test", "revision": "abc"})]
+
+    def test_the_commit_of_the_cache_counts_where_the_hub_is_out_of_reach(
+        self, tmp_path, monkeypatch
+    ):
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        refs = tmp_path / "datasets--someone--quiz" / "refs"
+        refs.mkdir(parents=True)
+        (refs / "main").write_text("c0ffee")
+        source = Quiz().source("easy")
+        assert hub.commit_of(source, "quiz easy") == "c0ffee"
+        assert hub.commit_of(attrs.evolve(source, revision="pinned"), "quiz easy") == "pinned"
