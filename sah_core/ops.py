@@ -564,6 +564,50 @@ class Ops(CodeOps):
         scores = (rows @ values.transpose(2, 3)).view(batch, heads, query_len, -1)
         return reduce_groups(scores, kv_heads, reduction)
 
+    def label_logits_at(
+        self,
+        query: Tensor,
+        labels: Tensor,
+        affine: Tensor,
+        indices: Tensor,
+        bits: int,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Logits of chosen keys, estimated from labels that hold every channel; the query is exact.
+
+        Args:
+            query: ``(batch, heads, query_len, head_dim)``.
+            labels: What `label_update` wrote for all channels of each KV head, in fewer than 16
+                bits.
+            affine: Likewise.
+            indices: int32 ``(batch | 1, heads', query_len | 1, count)`` with ``heads'`` a divisor
+                of the heads; negative entries are no keys.
+            bits: Bits per channel.
+            scaling: Factor on ``q . k``.
+            softcap: Logit cap, or None.
+
+        Returns:
+            float32 ``(batch, heads, query_len, count)``, -inf at entries that are no keys.
+        """
+        batch, heads, query_len, head_dim = query.shape
+        count = indices.shape[3]
+        chosen = query_len == 1 and count < labels.shape[2]
+        if chosen:
+            labels, affine = take_rows(labels, indices), take_rows(affine, indices)
+        codes = unpack_codes(labels, code_width(bits), head_dim).float()
+        step, least = affine.float().unbind(-1)
+        keys = codes * step.unsqueeze(-1) + least.unsqueeze(-1)
+        if not chosen:
+            return self.logits_at(query, keys, indices, scaling, softcap)
+        group = heads // keys.shape[1]
+        scores = query.float().reshape(batch, keys.shape[1], group, head_dim) * scaling
+        scores = scores @ keys.transpose(2, 3)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        none = spread_heads(indices, heads) < 0
+        return scores.view(batch, heads, 1, count).masked_fill(none, float("-inf"))
+
     def pack_signs(self, values: Tensor) -> Tensor:
         """Signatures: one bit per value, set where it is above 0.
 

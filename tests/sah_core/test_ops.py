@@ -344,6 +344,25 @@ def test_logits_at_indices_are_those_of_all_keys(
 
 @pytest.mark.parametrize(("heads", "kv_heads", "own", "query_len", "rows"), AT)
 @pytest.mark.parametrize("count", [3, 12])
+@pytest.mark.parametrize(("bits", "softcap"), [(4, None), (2, 0.7)])
+def test_logits_from_labels_are_those_of_the_rounded_keys(
+    heads, kv_heads, own, query_len, rows, count, bits, softcap
+):
+    query = torch.randn(2, heads, query_len, 8, generator=generator())
+    key = torch.randn(2, kv_heads, 12, 8, generator=generator(1))
+    labels = torch.zeros(2, kv_heads, 12, 1, dtype=torch.int32)
+    affine = torch.zeros(2, kv_heads, 12, 2)
+    channels = torch.arange(8).expand(kv_heads, 8)
+    REFERENCE.label_update(labels, affine, key, channels, 0, bits)
+    indices = indices_of(own, rows, count, 12)
+    found = REFERENCE.label_logits_at(query, labels, affine, indices, bits, 0.3, softcap)
+    rounded = round_to_bits(key, bits)
+    expected = REFERENCE.logits_at(query, rounded, indices, 0.3, softcap)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "own", "query_len", "rows"), AT)
+@pytest.mark.parametrize("count", [3, 12])
 def test_moments_are_sums_over_the_chosen_values(heads, kv_heads, own, query_len, rows, count):
     value = torch.randn(2, kv_heads, 12, 5, generator=generator())
     indices = indices_of(own, rows, count, 12)

@@ -27,6 +27,9 @@ PIPELINES = (
     "sink(2) | oracle-top-p(0.7, max_size=24)",
     "sink(2) | value-aware-top-k(0.2)",
     "local(4) | random-sampling(0.2)",
+    "sink(2) | adaptive-sampling(4, epsilon=0.5, max_size=16)",
+    "local(4) | quest(64, page_size=4) | twilight(0.8)",
+    'random-at-budget("sink(2) | value-aware-top-k(0.2)")',
 )
 
 
