@@ -57,6 +57,7 @@ def test_values_are_those_of_the_cpu(metric, dtype, query_len):
         assert cuda[name] == pytest.approx(cpu[name], rel=tolerance, abs=tolerance)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("metric", METRICS)
 def test_measuring_a_call_does_not_wait_for_the_device(metric):
     inputs = call("cuda", torch.bfloat16, 1)
