@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 from sah_core import hookimpl
-from sah_core.scorer import Scorer
+from sah_core.scorer import Accept, Scorer
 from sah_plugins.scoring import choice, text
-from sah_plugins.scoring.rouge import longest_path, rouge_l
+from sah_plugins.scoring.rouge import rouge_l
 
 SOURCE = "THUDM/LongBench@2e00731:LongBench"
 FIRST_LINE_TASKS = ("trec", "triviaqa", "samsum", "lsht")
@@ -62,11 +62,8 @@ def _rouge(prediction: str, reference: str, path: int | None = None) -> float:
 
 
 def _rouge_zh(prediction: str, reference: str, path: int | None = None) -> float:
-    return _rouge(_spaced(prediction), _spaced(reference), path)
-
-
-def _spaced(chinese: str) -> str:
-    return " ".join(text.cut_words(chinese))
+    spaced = (" ".join(text.cut_words(chinese)) for chinese in (prediction, reference))
+    return _rouge(*spaced, path)
 
 
 def _best_of(pair: Callable[[str, str], float]) -> Callable[..., float]:
@@ -83,7 +80,12 @@ def _classification(
 
 
 def example_score(
-    task: str, prediction: str, references: Sequence[str], all_classes: Sequence[str] | None
+    task: str,
+    prediction: str,
+    references: Sequence[str],
+    all_classes: Sequence[str] | None,
+    *,
+    path: int | None = None,
 ) -> float:
     """Return the score of one answer as ``eval.py`` computes it, from 0 to 1.
 
@@ -92,13 +94,29 @@ def example_score(
         prediction: The answer, as generated.
         references: The accepted answers.
         all_classes: The class names, for classification.
+        path: See `sah_plugins.scoring.rouge.rouge_l`.
     """
     if task in FIRST_LINE_TASKS:
         prediction = text.first_line(prediction)
     metric = METRIC_OF_TASK[task]
     if metric == "longbench_classification":
         return _classification(prediction, references, all_classes or ())
+    if path is not None and metric in _STRICT:
+        return _STRICT[metric](prediction, references)
     return SCORERS[metric](prediction, references)
+
+
+def _scores(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    dataset: str,
+    all_classes: Sequence[str] | None,
+    path: int | None,
+) -> list[float]:
+    return [
+        example_score(dataset, answer, accepted, all_classes, path=path)
+        for answer, accepted in zip(predictions, references, strict=True)
+    ]
 
 
 def _scorer(
@@ -106,11 +124,10 @@ def _scorer(
     references: Sequence[Sequence[str]],
     dataset: str,
     all_classes: Sequence[str] | None = None,
+    path: int | None = None,
 ) -> float:
-    pairs = zip(prediction, references, strict=True)
-    return text.rounded_mean_percent(
-        [example_score(dataset, answer, accepted, all_classes) for answer, accepted in pairs]
-    )
+    scores = _scores(prediction, references, dataset, all_classes, path)
+    return text.rounded_mean_percent(scores)
 
 
 def _e_scorer(
@@ -120,31 +137,37 @@ def _e_scorer(
     lengths: Sequence[int],
     bucket: str,
     all_classes: Sequence[str] | None = None,
+    path: int | None = None,
 ) -> float:
-    rows = [
-        (answer, accepted)
-        for answer, accepted, length in zip(prediction, references, lengths, strict=True)
-        if bucket_of(length) == bucket
+    scores = _scores(prediction, references, dataset, all_classes, path)
+    chosen = [
+        score for score, length in zip(scores, lengths, strict=True) if bucket_of(length) == bucket
     ]
-    answers, accepted = zip(*rows, strict=True)
-    return _scorer(answers, accepted, dataset, all_classes)
+    # The other one multiplies before it divides, which can round otherwise.
+    return round(100 * (sum(chosen) / len(chosen)), 2)
 
 
-def _recursion_failed(spaced: Callable[[str], str]) -> Callable[[Mapping[str, Any], float], Any]:
-    """Accept a better score than the official code's where that fails for the recursion limit."""
+def _recursion_fails(strict: Callable[..., float]) -> Accept:
+    """Accept a better score than the official code's where that fails for the recursion limit.
+
+    Args:
+        strict: The metric with the failure.
+    """
 
     def accept(case: Mapping[str, Any], score: float) -> str | None:
-        prediction = spaced(case["prediction"])
-        paths = [longest_path(prediction, spaced(reference)) for reference in case["references"]]
-        if score <= case["expected"] or max(paths) <= _SAFE_PATH:
-            return None
-        strict = text.best(_rouge(prediction, spaced(r), _SAFE_PATH) for r in case["references"])
-        if abs(strict - case["expected"]) > 1e-6:
+        expected = strict(case["prediction"], case["references"], **(case.get("kwargs") or {}))
+        if score <= expected or abs(expected - case["expected"]) > 1e-6:
             return None
         return "the official ROUGE hits Python's recursion limit on long sentences and gives 0"
 
     return accept
 
+
+_STRICT: Mapping[str, Callable[..., float]] = {
+    "longbench_rouge": _best_of(partial(_rouge, path=_SAFE_PATH)),
+    "longbench_rouge_zh": _best_of(partial(_rouge_zh, path=_SAFE_PATH)),
+}
+"""The metrics that fail on long sentences in the official code, with that failure."""
 
 _make = partial(Scorer, source=f"{SOURCE}/metrics.py")
 
@@ -158,12 +181,12 @@ SCORERS: Mapping[str, Scorer] = {
     "longbench_rouge": _make(
         function=_best_of(_rouge),
         description="ROUGE-L F of the package rouge 1.0.1",
-        accepts=_recursion_failed(str),
+        accepts=_recursion_fails(_STRICT["longbench_rouge"]),
     ),
     "longbench_rouge_zh": _make(
         function=_best_of(_rouge_zh),
         description="ROUGE-L F of the package rouge 1.0.1, over Chinese words (jieba)",
-        accepts=_recursion_failed(_spaced),
+        accepts=_recursion_fails(_STRICT["longbench_rouge_zh"]),
     ),
     "longbench_classification": _make(
         function=_classification, description="1 over the classes named, if the right one is"
@@ -189,6 +212,7 @@ SCORERS: Mapping[str, Scorer] = {
         corpus=True,
         description="score of a task",
         source=f"{SOURCE}/eval.py",
+        accepts=_recursion_fails(partial(_scorer, path=_SAFE_PATH)),
     ),
     "longbench_e_scorer": Scorer(
         function=_e_scorer,
@@ -196,6 +220,7 @@ SCORERS: Mapping[str, Scorer] = {
         corpus=True,
         description="score of a task of LongBench-E in one length bucket",
         source=f"{SOURCE}/eval.py",
+        accepts=_recursion_fails(partial(_e_scorer, path=_SAFE_PATH)),
     ),
 }
 

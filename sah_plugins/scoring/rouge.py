@@ -65,14 +65,6 @@ def rouge_n(prediction: str, reference: str, n: int) -> Rouge:
     return _ratio(len(predicted & expected), len(expected), len(predicted))
 
 
-def longest_path(prediction: str, reference: str) -> int:
-    """Return the most steps that backtracking through a pair of sentences can take."""
-    predicted, expected = _sentences(prediction), _sentences(reference)
-    if not predicted or not expected:
-        return 0
-    return max(map(len, predicted)) + max(map(len, expected))
-
-
 def _both_sentences(prediction: str, reference: str) -> tuple[list[list[str]], list[list[str]]]:
     predicted, expected = _sentences(prediction), _sentences(reference)
     if not predicted or not expected:

@@ -237,6 +237,20 @@ class TestMetrics:
         )
         assert self.run(worse).exit_code == 1
 
+    def test_a_score_of_many_answers_may_differ_for_the_listed_reason_too(self, case_file):
+        text = " ".join(f"w{i}" for i in range(1200))
+        many = {"prediction": [text, "a"], "references": [[text], ["a"]]}
+        for metric, more in (
+            ("longbench_scorer", {}),
+            ("longbench_e_scorer", {"lengths": [1, 2], "bucket": "0-4k"}),
+        ):
+            kwargs = {"dataset": "gov_report", "all_classes": None, **more}
+            path = case_file(metric=metric, kwargs=kwargs, expected=50.0, **many)
+            assert "1 differ for a listed reason" in self.run(path).output
+            assert self.run(path).exit_code == 0
+            path = case_file(metric=metric, kwargs=kwargs, expected=40.0, **many)
+            assert self.run(path).exit_code == 1
+
     def test_a_missing_library_skips_with_the_command(self, case_file, monkeypatch):
         monkeypatch.setitem(sys.modules, "jieba", None)
         path = case_file(metric="longbench_qa_f1_zh", prediction="北京", references=["北京"])
