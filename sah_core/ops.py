@@ -153,8 +153,9 @@ class Ops(CodeOps):
             torch.cumsum(mass[..., :-1], -1, out=before[..., 1:])
             needed = (before < target) & (values > float("-inf"))
             chosen = needed.sum(-1)
-            reached = (before[..., -1:] + mass[..., -1:] >= target).squeeze(-1) if width else False
-            overflow = (chosen < there) & ~torch.as_tensor(reached, device=scores.device)
+            # the mass of all entries there are, against what is wanted
+            short = before[..., -1:] + mass[..., -1:] < target if width else total > 0
+            overflow = (chosen < there) & short.squeeze(-1)
             if capacity is not None:
                 break
             if width == candidates or not bool(overflow.any()):

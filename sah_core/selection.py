@@ -124,8 +124,8 @@ def sample(
 def count_overflow(inputs: Inputs, rows: Tensor) -> None:
     """Add to the count of rows that wanted more keys than they got.
 
-    Counted on the device, per step and layer, in ``inputs.request_state``; a question that is
-    rolled back takes its counts with it.
+    Counted on the device, per step and layer, in ``inputs.request_state``: `overflow_rows` sums
+    them up. They go back with the request's state; the warm-up steps of a graph capture count too.
 
     Args:
         inputs: The attention call.

@@ -134,9 +134,10 @@ class AdaptiveSampling(Masker):
             wanted = self.wanted(part, inner, taken, left)
             count, capacity = wanted, inputs.capacity
             if limit is not None:
-                most = limit.capacity if limit.count is None else limit.count
-                count = torch.minimum(wanted, torch.as_tensor(most, device=wanted.device))
                 capacity = limit.capacity
+                count = wanted.clamp(max=capacity)
+                if limit.count is not None:
+                    count = torch.minimum(count, limit.count)
                 count_overflow(inputs, wanted > count)
             elif inputs.key_len is not None:
                 capacity = int(wanted.max()) if wanted.numel() else 0

@@ -45,8 +45,10 @@ class RandomSampling(Masker):
         if not budget.capacity or previous.is_full:
             return previous
         left = residual_count(previous, inputs.allowed).expand(inputs.shape[:3])
-        wanted = budget.capacity if budget.count is None else budget.count
-        drawn = left.clamp(max=wanted).to(torch.int32)
+        drawn = left.clamp(max=budget.capacity)
+        if budget.count is not None:
+            drawn = torch.minimum(drawn, budget.count)
+        drawn = drawn.to(torch.int32)
         found, begin = [], 0
         for part, taken in row_pieces(inputs, previous, BYTES_PER_KEY):
             end = begin + part.query_len

@@ -25,6 +25,14 @@ PIPELINES = (
     "sink(4) | local(16) | magicpig(lsh_l=20, lsh_k=2, max_size=48)",
     "sink(4) | local(16) | socket(0.1, lsh_l=20, lsh_k=8)",
     "sink(4) | local(16) | pq-cache(0.1, pq_bits=6)",
+    "sink(4) | local(16) | value-aware-top-k(0.1)",
+    "sink(4) | local(16) | oracle-top-p(0.7, max_size=0.3)",
+    "sink(4) | local(16) | random-sampling(0.1)",
+    "sink(4) | oracle-top-k(0.05) | adaptive-sampling(0.05, epsilon=0.2, max_size=0.4)",
+    "sink(4) | adaptive-sampling(8, bound=attention, mode=gumbel, max_size=64)",
+    "sink(4) | adaptive-sampling(8, mode=multinomial, max_size=64)",
+    "sink(4) | local(16) | quest(0.3) | twilight(0.8)",
+    'random-at-budget("sink(4) | local(16) | quest(0.1)")',
 )
 
 

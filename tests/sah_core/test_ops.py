@@ -305,6 +305,15 @@ def test_top_p_of_rows_without_candidates_is_nothing():
         assert not overflow.any()
 
 
+def test_top_p_without_room_overflows_wherever_there_is_a_candidate():
+    scores = torch.randn(1, 2, 1, 5, generator=generator())
+    scores[:, 1] = -INF
+    indices, chosen, overflow = REFERENCE.masked_topp(scores, 0.5, 0)
+    assert indices.shape[-1] == 0
+    assert not chosen.any()
+    assert overflow.flatten().tolist() == [True, False]
+
+
 def test_top_p_does_not_change_the_scores():
     scores = torch.randn(1, 1, 1, 20, generator=generator())
     before = scores.clone()
