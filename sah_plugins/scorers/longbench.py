@@ -62,8 +62,11 @@ def _rouge(prediction: str, reference: str, path: int | None = None) -> float:
 
 
 def _rouge_zh(prediction: str, reference: str, path: int | None = None) -> float:
-    spaced = (" ".join(text.cut_words(chinese)) for chinese in (prediction, reference))
-    return _rouge(*spaced, path)
+    return _rouge(_spaced(prediction), _spaced(reference), path)
+
+
+def _spaced(chinese: str) -> str:
+    return " ".join(text.cut_words(chinese))
 
 
 def _best_of(pair: Callable[[str, str], float]) -> Callable[..., float]:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tracemalloc
 import zipfile
 from typing import ClassVar
 
@@ -114,6 +115,21 @@ def test_rows_are_read_one_at_a_time(tmp_path):
         file.write("not JSON")
     examples = Quiz(data_dir=str(tmp_path)).examples("easy", None, 0)
     assert next(examples).id == "r0"
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv"])
+def test_memory_stays_flat_over_a_large_file(tmp_path, suffix):
+    rows = [{**ROWS[0], "_id": str(number), "context": "word " * 20_000} for number in range(200)]
+    write(tmp_path / f"easy.{suffix}", rows)
+    del rows
+    examples = Quiz(data_dir=str(tmp_path)).examples("easy", None, 0)
+    next(examples)
+    tracemalloc.start()
+    assert sum(1 for _ in examples) == 199
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (tmp_path / f"easy.{suffix}").stat().st_size > 18e6
+    assert peak < 8e6
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "json", "csv"])
