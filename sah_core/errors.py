@@ -400,13 +400,17 @@ class MissingLibraryError(SahError, ImportError):
         what: who needs it.
         library: the distribution that ships it.
         extra: the extra of this project that brings it; may be empty.
+        command: how to get it, where pip does not have it.
     """
 
     what: str
     library: str
     extra: str = ""
+    command: str = ""
 
     def __str__(self) -> str:
+        if self.command:
+            return f"{self.what} needs {self.library}: {self.command}"
         package = f"'sparse-attention-hub[{self.extra}]'" if self.extra else self.library
         return f"{self.what} needs the package {self.library}: pip install {package}"
 

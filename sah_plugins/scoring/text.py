@@ -27,6 +27,16 @@ def normalize_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", bare).split())
 
 
+def normalize_ascii_answer(text: str) -> str:
+    """Return `normalize_answer` with what is not ASCII spelt in ASCII, as ZeroSCROLLS has it."""
+    bare = normalize_answer(text)
+    if bare.isascii():
+        return bare
+    return str(
+        needed_library("unidecode", "unidecode", "scoring text beyond ASCII").unidecode(bare)
+    )
+
+
 def normalize_zh_answer(text: str) -> str:
     """Return lower-case text without ASCII and CJK punctuation and without any white space."""
     return "".join(text.lower().translate(_ALL_PUNCTUATION).split())
