@@ -11,8 +11,9 @@ the sum of the probabilities of its own buckets times the norm of its value, and
 attended.
 
 Differs from the paper in ``group_reduction``, with which the query heads of a KV group share a
-choice, and in choosing among the keys that earlier steps left. The softmax over the corners is the
-product of one sigmoid per bit, which is what is computed.
+choice, in ``value_aware``, which takes the norms out, and in choosing among the keys that earlier
+steps left. The softmax over the corners is the product of one sigmoid per bit, which is what is
+computed.
 
 Reads ``lsh_l`` codes of ``lsh_k`` bits and a float32 norm per key and query, and keeps as much: 124
 bytes per token and KV head with the defaults.
@@ -108,6 +109,9 @@ class Socket(Masker):
         help="Temperature of the query's buckets: near 0 it has one bucket per table.",
         search=Search.choice([0.2, 0.3, 0.4, 0.6]),
     )
+    value_aware: bool = param(
+        True, type=bool, help="Weigh the score of a key by the norm of its value."
+    )
     group_reduction: str = param(
         "none",
         type=str,
@@ -132,9 +136,12 @@ class Socket(Masker):
         capacity)``.
         """
         state: Buckets = inputs.state
-        codes, norms = state.codes.first(inputs.capacity), state.norms.first(inputs.capacity)
+        codes = state.codes.first(inputs.capacity)
         soft = inputs.ops.soft_collisions(self.gains(inputs.query, state.planes), codes)
         shared = reduce_groups(soft, inputs.kv_heads, self.group_reduction)
+        if not self.value_aware:
+            return shared
+        norms = state.norms.first(inputs.capacity)
         return shared * spread_heads(norms, shared.shape[1]).unsqueeze(2)
 
     def gains(self, query: Tensor, planes: Tensor) -> Tensor:
@@ -148,7 +155,8 @@ class Socket(Masker):
     def bytes_read(self, inputs: Inputs) -> int:
         """The codes and the norms of every key."""
         width = torch.empty((), dtype=code_dtype(self.lsh_k)).element_size()
-        return inputs.batch * inputs.kv_heads * inputs.capacity * (self.lsh_l * width + 4)
+        per_key = self.lsh_l * width + 4 * self.value_aware
+        return inputs.batch * inputs.kv_heads * inputs.capacity * per_key
 
 
 @hookimpl

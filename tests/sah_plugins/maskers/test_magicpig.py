@@ -12,6 +12,7 @@ from sah_core.ops import REFERENCE
 from sah_core.randomness import Random
 from sah_core.selection import overflow_rows
 from sah_core.testing import CHECKS
+from sah_plugins.maskers import magicpig
 from sah_plugins.maskers.magicpig import HashTables, MagicPig
 
 pytestmark = pytest.mark.unit
@@ -108,6 +109,15 @@ def test_means_and_fractions_count_from_the_first_real_key():
     inputs = with_state(masker, call(batch=3, query_len=2, key_len=40, first=[0, 9, 38]), 38)
     mask = masker.add_mask(inputs, Mask.empty(inputs.shape)) & inputs.allowed
     torch.testing.assert_close(mask.to_dense(), expected(masker, inputs, 38), atol=1e-6, rtol=1e-5)
+
+
+def test_the_mean_of_a_long_context_is_taken_in_pieces(monkeypatch):
+    inputs = call(batch=2, key_len=50, first=[0, 7])
+    masker = MagicPig(**SMALL)
+    whole = masker.mean(inputs)
+    monkeypatch.setattr(magicpig, "MEAN_CHUNK", 8)
+    torch.testing.assert_close(masker.mean(inputs), whole)
+    torch.testing.assert_close(whole[1], inputs.key[1, :, 9:45].mean(1))
 
 
 def test_half_precision_keys_are_hashed_as_they_are():
@@ -280,7 +290,6 @@ def test_context_in_chunks_and_a_state_gone_back_before_its_end_are_hashed_alike
     for start in range(0, 40, 8):
         part = inputs.key[:, :, start : start + 8]
         masker.append(state, part, part, start)
-    token = state.snapshot()
     plain = attrs.evolve(call(key_len=50), state=state)
     prefill = attrs.evolve(
         plain,
@@ -291,6 +300,7 @@ def test_context_in_chunks_and_a_state_gone_back_before_its_end_are_hashed_alike
         query_position=None,
     )
     before = masker.add_mask(prefill, Mask.empty(prefill.shape)).to_dense()
+    token = state.snapshot()
     context = attrs.evolve(context_only(inputs, 40), state=state)
     masker.end_prefill(state, context)
     first = state.codes.first(40).clone()

@@ -50,7 +50,7 @@ def score(masker, planes, query, key, value):
         }
         own = tuple(1 if float(x) > 0 else -1 for x in w @ key.double())
         total += weights[own] / sum(weights.values())
-    return total * float(value.double().norm())
+    return total * float(value.double().norm()) if masker.value_aware else total
 
 
 def expected(masker, inputs):
@@ -87,9 +87,9 @@ def expected(masker, inputs):
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "max"])
-@pytest.mark.parametrize("first", [None, [0, 5]])
-def test_the_selection_is_that_of_the_definition(calls, reduction, first):
-    masker = Socket(**SMALL | {"heavy_size": 0.3}, group_reduction=reduction)
+@pytest.mark.parametrize(("first", "aware"), [(None, True), ([0, 5], True), (None, False)])
+def test_the_selection_is_that_of_the_definition(calls, reduction, first, aware):
+    masker = Socket(**SMALL | {"heavy_size": 0.3}, group_reduction=reduction, value_aware=aware)
     inputs = with_state(masker, calls.make(first=first, key_len=15))
     mask = masker.add_mask(inputs, Mask.empty(inputs.shape))
     assert torch.equal(calls.effective(mask, inputs) > 0, expected(masker, inputs))
@@ -175,6 +175,7 @@ def test_bytes_read_are_the_codes_and_norms(calls):
     inputs = calls.make(batch=2, kv_heads=2, key_len=20)
     assert Socket(lsh_l=60, lsh_k=10).bytes_read(inputs) == 2 * 2 * 20 * 124
     assert Socket(lsh_l=60, lsh_k=8).bytes_read(inputs) == 2 * 2 * 20 * 64
+    assert Socket(lsh_l=60, lsh_k=8, value_aware=False).bytes_read(inputs) == 2 * 2 * 20 * 60
 
 
 @pytest.mark.parametrize("values", [{"lsh_k": 17}, {"tau": 0.0}, {"lsh_l": 0}])
