@@ -136,19 +136,22 @@ class CodeOps:
 
         Args:
             chosen: bool ``(batch, heads, query_len, key_len)``.
-            capacity: Entries per row in the result.
+            capacity: Most entries per row in the result.
             limit: How many may stay per row, int32 broadcastable to ``(batch, heads, query_len)``,
                 at most ``capacity``; None = ``capacity``.
             draw: A uniform number in (0, 1) per row, float32 ``(batch, heads, query_len, 1)``.
 
         Returns:
-            int32 indices ``(batch, heads, query_len, capacity)`` in rising order, -1 after the
-            last; how many stayed and how many had been chosen, int32 ``(batch, heads, query_len)``.
+            int32 indices ``(batch, heads, query_len, width)`` in rising order, -1 after the last,
+            with ``width`` the capacity, or less on the CPU, where it costs nothing to look; how
+            many stayed and how many had been chosen, int32 ``(batch, heads, query_len)``.
         """
         rank = chosen.cumsum(-1, dtype=torch.int32)
         total = rank[..., -1:].contiguous()
         most = torch.full_like(total, capacity) if limit is None else limit.unsqueeze(-1)
         kept = torch.minimum(total, most)
+        if chosen.device.type == "cpu" and kept.numel():
+            capacity = int(kept.max())
         offset = (draw.double() * total).floor().long()
         slot = torch.arange(capacity, device=chosen.device)
         wanted = (slot * total.long() + offset).div(kept.clamp(min=1), rounding_mode="floor") + 1

@@ -244,9 +244,6 @@ class MagicPig(Masker):
         chosen &= position < allowed.stop.unsqueeze(-1)
         if allowed.keep is not None:
             chosen &= allowed.keep
-        if chosen.device.type == "cpu":
-            capacity = max(1, min(capacity, int(chosen.sum(-1).max())))
-            limit = None if limit is None else limit.clamp(max=capacity)
         place = inputs.query_position - allowed.first.view(-1, 1)
         draw = inputs.random.uniform(
             inputs.heads, place, position[:1].view(1, 1, 1, 1), OVERFLOW_DRAW

@@ -32,7 +32,10 @@ def test_integer_primitives_agree_exactly() -> None:
     for capacity in (16, 5000):
         host = REFERENCE.pick(chosen, capacity, None, at)
         device = REFERENCE.pick(chosen.cuda(), capacity, None, at.cuda())
-        for a, b in zip(host, device, strict=True):
+        width = host[0].shape[3]
+        assert torch.equal(device[0][..., :width].cpu(), host[0])
+        assert (device[0][..., width:] == -1).all()
+        for a, b in zip(host[1:], device[1:], strict=True):
             assert torch.equal(a, b.cpu())
 
 

@@ -92,7 +92,8 @@ def test_chosen_keys_come_in_order_and_all_of_them_where_they_fit():
     assert torch.equal(total, kept)
     for row, flags in zip(indices.flatten(0, 2), chosen.flatten(0, 2), strict=True):
         wanted = flags.nonzero().flatten().tolist()
-        assert row.tolist() == wanted + [-1] * (20 - len(wanted))
+        assert row.tolist() == wanted + [-1] * (indices.shape[3] - len(wanted))
+    assert indices.shape[3] == kept.max()
 
 
 @pytest.mark.parametrize(("count", "fit"), [(7, 3), (12, 5), (9, 9), (4, 1), (10, 0)])

@@ -30,6 +30,20 @@ def test_conformance(masker, check):
     check(masker)
 
 
+@attrs.frozen(kw_only=True)
+class Bounded(MagicPig):
+    """Promises what follows from its max_size, so that no check of a decode step is skipped."""
+
+    capabilities = attrs.evolve(MagicPig.capabilities, unbounded=False)
+
+
+@pytest.mark.parametrize("check", ["no_host_sync", "captured_decode", "density"])
+@pytest.mark.parametrize("values", [{}, {"lsh_l": 9, "lsh_k": 2, "max_size": 7}])
+def test_a_decode_step_waits_for_nothing_and_can_be_captured(values, check):
+    checks = {function.__name__: function for function in CHECKS}
+    checks[f"check_{check}"](Bounded(**SMALL | values))
+
+
 def call(batch=1, heads=4, kv_heads=2, query_len=1, key_len=61, dim=8, first=None, **more):
     draw = torch.Generator().manual_seed(more.pop("seed", 0))
     dtype = more.pop("dtype", torch.float32)
