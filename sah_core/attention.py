@@ -189,6 +189,7 @@ class Session:
         self.fallbacks: list[Fallback] = []
         self.backends_used: set[str] = set()
         self._chosen: dict[tuple[str, Problem, bool], Backend] = {}
+        self._ops: dict[Any, Ops] = {}
         self._backends: dict[str, Backend | None] = {}
         self._prefix: tuple[Allowed, tuple[int, int, int, int], Mask] | None = None
         self._stateful = tuple(i for i, s in enumerate(pipeline.steps) if s.is_stateful())
@@ -460,10 +461,25 @@ class Session:
     # Backends
 
     def ops_for(self, inputs: Inputs) -> Ops:
-        """The scoring primitives of the backend that is expected to run."""
-        return self.backend_for(
-            inputs, Mask.empty(inputs.shape), requested=self.requested, quiet=True
-        ).ops
+        """The scoring primitives of the backend that is expected to run, asked once per kind of
+        call: layers and steps differ in the number of keys alone.
+        """
+        facts = (
+            inputs.query.shape,
+            inputs.query.dtype,
+            inputs.query.device,
+            inputs.key.shape[1],
+            inputs.value.shape[3],
+            inputs.allowed.keep is None,
+            inputs.softcap is None,
+            inputs.sinks is None,
+            inputs.key_len is None,
+        )
+        if facts not in self._ops:
+            nothing = Mask.empty(inputs.shape)
+            backend = self.backend_for(inputs, nothing, requested=self.requested, quiet=True)
+            self._ops[facts] = backend.ops
+        return self._ops[facts]
 
     def backend_for(
         self,

@@ -365,6 +365,18 @@ def keep_softcap(model: Any) -> None:
             set_implementation(config, "eager")
 
 
+@contextmanager
+def own_attention(model: Any) -> Iterator[None]:
+    """The model's own attention, with capped logits where it asks for them (`keep_softcap`)."""
+    before = [(config, implementation_of(config)) for config in attention_configs(model)]
+    keep_softcap(model)
+    try:
+        yield
+    finally:
+        for config, name in before:
+            set_implementation(config, name)
+
+
 @cache
 def cache_argument(forward: Callable[..., Any]) -> str:
     """Name under which ``forward`` takes the cache: ``cache`` in newer transformers, else
@@ -621,6 +633,12 @@ class Capture:
                     what=f"captured decoding with layer {index} ({type(layer).__name__})",
                     reason="its length cannot live on the device",
                 )
+        devices = {layer.key_buffer.device for layer in self.layers}
+        if len(devices) > 1:
+            raise UnsupportedError(
+                what="captured decoding over several devices",
+                reason="a graph belongs to one; place the model on one",
+            )
         self.start = self.layers[0].length
         device = self.layers[0].key_buffer.device
         for layer in self.layers:

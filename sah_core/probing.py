@@ -54,7 +54,8 @@ def check_model(model: Any) -> None:
     ids = ids.view(1, -1).to(compat.input_device(model))
     with torch.no_grad(), evaluating(model):
         try:
-            dense = model(input_ids=ids, use_cache=False).logits[0]
+            with compat.own_attention(model):
+                dense = model(input_ids=ids, use_cache=False).logits[0]
         except (TypeError, ValueError, RuntimeError) as error:
             raise _refused(model, f"a forward pass of token ids alone fails ({error})") from error
         session = Trial(types)

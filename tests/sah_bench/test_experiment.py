@@ -147,6 +147,14 @@ def test_mistakes_in_a_file_are_named_with_their_place(document, key, value, mes
     assert error(document).startswith(message)
 
 
+def test_an_adapter_says_what_is_wrong_with_generation_arguments(document):
+    document |= {"adapter": "hf", "generation": {"temprature": 0.5}}
+    assert error(document) == (
+        "e.yaml: generation: generation option 'temprature' is not known; "
+        "did you mean 'temperature'?"
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
