@@ -16,7 +16,7 @@ import attrs
 from torch import Tensor
 
 from sah_core import Inputs, Mask, Masker, Search, Size, hookimpl, param
-from sah_core.choosing import add_best
+from sah_core.selection import add_best
 
 
 @attrs.frozen(kw_only=True)

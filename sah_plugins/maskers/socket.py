@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from sah_core import Inputs, Mask, Masker, Search, Size, hookimpl, param
-from sah_core.choosing import add_best
 from sah_core.code_ops import code_dtype, hyperplanes
 from sah_core.mask import spread_heads
 from sah_core.ops import GROUP_REDUCTIONS, Ops, reduce_groups
+from sah_core.selection import add_best
 from sah_core.state import LayerInfo, TokenBuffer
 
 

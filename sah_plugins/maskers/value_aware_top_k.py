@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sah_core import Inputs, Mask, Masker, Search, Size, hookimpl, param
-from sah_core.choosing import add_best
+from sah_core.selection import add_best
 from sah_core.state import LayerInfo, TokenBuffer
 
 

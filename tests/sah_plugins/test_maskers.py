@@ -4,7 +4,7 @@ import attrs
 import pytest
 import torch
 
-from sah_core import Allowed, Inputs, KeyRange, Mask, ParameterError, Size, choosing, registry
+from sah_core import Allowed, Inputs, KeyRange, Mask, ParameterError, Size, registry, selection
 from sah_plugins.maskers.causal import Causal
 from sah_plugins.maskers.local import Local
 from sah_plugins.maskers.oracle_top_k import OracleTopK
@@ -199,7 +199,7 @@ def test_oracle_in_pieces_of_rows_is_oracle_at_once(case, kind, monkeypatch):
     inputs = call(**CALLS[case])
     previous = given(kind, inputs)
     whole = chosen(OracleTopK(heavy_size=0.2), inputs, previous)
-    monkeypatch.setattr(choosing, "SCORE_BYTES", 3 * 4 * 2 * 4 * 20)
+    monkeypatch.setattr(selection, "SCORE_BYTES", 3 * 4 * 2 * 4 * 20)
     assert torch.equal(chosen(OracleTopK(heavy_size=0.2), inputs, previous), whole)
 
 

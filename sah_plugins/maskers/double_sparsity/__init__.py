@@ -24,8 +24,8 @@ from torch import Tensor
 
 from sah_core import Capabilities, Inputs, Mask, Masker, Search, Size, hookimpl, param
 from sah_core.artifacts import read_once
-from sah_core.choosing import add_best
 from sah_core.ops import GROUP_REDUCTIONS, Ops, code_width, code_words
+from sah_core.selection import add_best
 from sah_core.state import LayerInfo
 
 from .calibration import ChannelCalibration

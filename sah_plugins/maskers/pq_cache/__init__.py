@@ -39,8 +39,8 @@ from sah_core import (
     hookimpl,
     param,
 )
-from sah_core.choosing import add_best
 from sah_core.ops import GROUP_REDUCTIONS, reduce_groups
+from sah_core.selection import add_best
 from sah_core.state import LayerInfo
 from sah_plugins.maskers.pq_cache.clustering import Clusters
 from sah_plugins.maskers.pq_cache.codes import Codebook, Codes
