@@ -171,6 +171,18 @@ def test_states_are_rolled_back_between_questions(models, built, family):
     assert alone == forwards
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_going_on_after_a_snapshot_does_not_change_it(models, built, family):
+    model, ids = built(family), models.tokens(1, CONTEXT + QUESTION)
+    kv_cache = compat.make_cache(model, 64)
+    forward(model, ids[:, :CONTEXT], kv_cache)
+    snapshot = compat.snapshot_cache(kv_cache)
+    expected = forward(model, ids[:, CONTEXT:], kv_cache)
+    forward(model, models.tokens(1, 12, seed=9), kv_cache)
+    compat.restore_cache(kv_cache, snapshot)
+    close(forward(model, ids[:, CONTEXT:], kv_cache), expected)
+
+
 class Layers:
     """Records the layers in which keys were selected."""
 
