@@ -388,7 +388,13 @@ def from_plain(cls: type[T], values: Mapping[str, Any]) -> T:
     for name, spec in declared.items():
         if spec.required and name not in values:
             raise MissingParameterError(owner, name, None, spec.allowed)
-    return cls(**values)
+    # where "none" is a choice, the word that texts read as no value means that choice
+    words = {
+        name: "none"
+        for name, value in values.items()
+        if value is None and "none" in (declared[name].choices or ())
+    }
+    return cls(**{**values, **words})
 
 
 def check_names(cls: type, values: Mapping[str, Any]) -> None:

@@ -365,3 +365,10 @@ def test_the_global_registry_is_the_default():
 def test_pipelines_come_without_torch():
     code = "import sys; from sah_core import Pipeline; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("text", ["none", "'none'", "null"])
+def test_none_is_a_choice_where_it_is_one(text):
+    [step] = Pipeline.parse(f"quest(group_reduction={text})").steps
+    assert step.group_reduction == "none"
+    assert Pipeline.parse(Pipeline.of(step).text).steps == (step,)
