@@ -469,7 +469,9 @@ class Ops(CodeOps):
         group = heads // kv_heads
         rows = query.float().reshape(batch, kv_heads, group, query_len, head_dim)
         if bits < 16:
-            low, high = round_to_bits(low.float(), bits), round_to_bits(high.float(), bits)
+            one, other = round_to_bits(low.float(), bits), round_to_bits(high.float(), bits)
+            # each is rounded by its own range, which may swap the two in a channel
+            low, high = torch.minimum(one, other), torch.maximum(one, other)
         if reduction in ("sum", "mean"):
             # max(q l, q h) = relu(q) h + min(q, 0) l is linear in both, so those are reduced first
             factor = 1.0 if reduction == "sum" else 1.0 / group

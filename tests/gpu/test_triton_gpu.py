@@ -175,7 +175,7 @@ def test_top_k_is_exact(candidates, rounded):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "max"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("query_len", [1, 9])
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("bits", [1, 4, 16])
 def test_page_scores(reduction, dtype, query_len, bits):
     inputs = call(dtype=dtype, query_len=query_len)
     low = torch.randn(2, 2, 301, 128, device="cuda", dtype=dtype)

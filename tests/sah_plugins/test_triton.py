@@ -279,7 +279,7 @@ def test_top_k_reads_limits_in_keys_where_candidates_are_pages(ops):
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "max"])
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("bits", [1, 4, 16])
 def test_page_scores_are_those_of_the_reference(ops, reduction, bits):
     torch.manual_seed(0)
     query = torch.randn(2, 6, 3, 24)

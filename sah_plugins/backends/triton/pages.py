@@ -122,8 +122,10 @@ def _page_scores(
         ROWS, GROUP_BLOCK, HEAD_DIM, DIM_BLOCK,
     )  # fmt: skip
     if BITS < 16:
-        least = _rounded(least, dim, HEAD_DIM, 2**BITS - 1)
-        most = _rounded(most, dim, HEAD_DIM, 2**BITS - 1)
+        one = _rounded(least, dim, HEAD_DIM, 2**BITS - 1)
+        other = _rounded(most, dim, HEAD_DIM, 2**BITS - 1)
+        # each is rounded by its own range, which may swap the two in a channel
+        least, most = tl.minimum(one, other), tl.maximum(one, other)
         q = q.to(tl.float32)
     zero = tl.zeros_like(q)
     bound = tl.dot(tl.maximum(q, zero).to(most.dtype), tl.trans(most), input_precision=PRECISION)
