@@ -23,6 +23,7 @@ COMMANDS = {
     "verify": ("verify", "Check plugins against expected results."),
     "data": ("data", "List, fetch or check the data of benchmarks."),
     "score": ("score", "Score finished results again, without the model."),
+    "export": ("export", "Write predictions as the leaderboard of a benchmark takes them."),
     "profile": ("profile", "Measure time, bytes and memory of pipelines beside dense attention."),
     "artifacts": ("artifacts", "Make, convert or look into the files that methods learn offline."),
     "env": ("env", "Show versions, devices and where models come from."),

@@ -17,6 +17,8 @@ from typing import Protocol as StructuralType
 
 import attrs
 
+from .errors import RequestError
+
 if TYPE_CHECKING:
     from sah_core.requests import Likelihood
 
@@ -297,6 +299,17 @@ class Benchmark:
             **_summary(samples),
             "tasks": {task: _summary(group) for task, group in by_task.items()},
         }
+
+    def submission(self, predictions: Mapping[str, Mapping[str, str]]) -> str:
+        """Return the text of the file that the benchmark's leaderboard takes.
+
+        Args:
+            predictions: by task, by the id of the example.
+
+        Raises:
+            RequestError: the benchmark has no leaderboard, or it does not take these predictions.
+        """
+        raise RequestError(f"the benchmark {self.name} has no leaderboard that takes a file")
 
     @classmethod
     def summary(cls, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
