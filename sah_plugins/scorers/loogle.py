@@ -14,11 +14,11 @@ import ast
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from sah_core import hookimpl
-from sah_core.scorer import Scorer
+from sah_core.scorer import Scorer, needed_library
 from sah_plugins.scoring import order
 from sah_plugins.scoring.bleu import bleu_n
 from sah_plugins.scoring.meteor import meteor
@@ -89,6 +89,19 @@ def _within_seeds(case: Mapping[str, Any], score: float) -> str | None:
     return None
 
 
+def _bertscore(prediction: str, references: Sequence[str]) -> float:
+    # The official code hands over the texts the other way round and takes the recall.
+    return best(
+        float(_bert_scorer().score([reference], [prediction or NO_ANSWER])[1][0])
+        for reference in references
+    )
+
+
+@cache
+def _bert_scorer() -> Any:
+    return needed_library("bert_score", "bert-score", "BERTScore").BERTScorer(lang="en")
+
+
 def parse_mapping(text: str) -> dict[Any, Any] | None:
     """Return the dictionary that an answer is, as a Python literal; None if it is none."""
     try:
@@ -157,6 +170,10 @@ SCORERS: Mapping[str, Scorer] = {
         function=_meteor,
         description="METEOR (NLTK) over the distinct words, in the order of the text",
         accepts=_within_seeds,
+    ),
+    "loogle_bertscore": _make(
+        function=_bertscore,
+        description="precision of BERTScore (the package bert-score and its English model)",
     ),
     "loogle_cloze_exact": _make(
         function=_cloze, description="share of the masks that are filled rightly"
