@@ -50,8 +50,8 @@ def export(results: tuple[str, ...], output: str) -> None:
     benchmark = from_plain(registry.benchmarks[identity["name"]], identity["parameters"])
     text = benchmark.submission(predictions)
     Path(output).write_text(text, encoding="utf-8")
-    count = sum(len(answers) for answers in predictions.values())
-    click.echo(f"{count} predictions of {len(predictions)} task(s) written to {output}.")
+    counts = ", ".join(f"{task} {len(answers)}" for task, answers in predictions.items())
+    click.echo(f"predictions written to {output}: {counts}.")
 
 
 def _check_complete(folder: Path, task: str) -> None:
