@@ -73,6 +73,8 @@ def run_metrics(paths: Iterable[str | Path]) -> Iterator[FileResult]:
 
     Raises:
         RequestError: A path leads to no golden case.
+        BrokenPluginError: Nobody knows a file, and a benchmark that might cannot be imported; in a
+            folder such a file is skipped for that reason.
     """
     for path in map(Path, paths):
         if not path.is_dir():
@@ -84,6 +86,8 @@ def run_metrics(paths: Iterable[str | Path]) -> Iterator[FileResult]:
                 result = _run_file(file)
             except RequestError:
                 continue
+            except BrokenPluginError as error:
+                result = FileResult(path=file, metric="", status="skipped", reasons=(str(error),))
             results += 1
             yield result
         if not results:
@@ -115,10 +119,12 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _run_benchmark(path: Path, content: Mapping[str, Any]) -> FileResult | None:
     """The result of the benchmark that knows the file; None if none does."""
+    broken: list[BrokenPluginError] = []
     for name in registry.benchmarks:
         try:
             cases = registry.benchmarks[name].check_golden(content, path.parent)
-        except BrokenPluginError:
+        except BrokenPluginError as error:
+            broken.append(error)
             continue
         if cases is None:
             continue
@@ -135,6 +141,8 @@ def _run_benchmark(path: Path, content: Mapping[str, Any]) -> FileResult | None:
             failed=len(wrong),
             differences=tuple(wrong),
         )
+    if broken:  # one of them may be the benchmark that knows the file
+        raise broken[0]
     return None
 
 
@@ -191,6 +199,8 @@ def _run_case(scorer: Scorer, case: Mapping[str, Any], tolerance: float) -> tupl
         return "skipped", str(error)
     except Exception as error:  # foreign code: one case must not end the run
         return "failed", f"raised {type(error).__name__}: {one_line(str(error))}"
+    if not isinstance(expected, int | float):
+        return "skipped", f"{expected!r} is expected, which is no score"
     if math.isclose(score, expected, rel_tol=0.0, abs_tol=tolerance):
         return "passed", ""
     reason = scorer.accepts(case, score) if scorer.accepts else None

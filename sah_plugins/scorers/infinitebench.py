@@ -15,7 +15,13 @@ from typing import Any
 from sah_core import hookimpl
 from sah_core.scorer import Scorer
 from sah_plugins.scoring.rouge_score import rouge_score
-from sah_plugins.scoring.text import best, normalize_zh_answer, qa_f1, token_f1
+from sah_plugins.scoring.text import (
+    best,
+    normalize_zh_answer,
+    qa_f1,
+    token_f1,
+    whole_number,
+)
 
 SOURCE = "OpenBMB/InfiniteBench@88b3daa:src/compute_scores.py"
 
@@ -97,7 +103,7 @@ def _math_find(
     if isinstance(label, float):
         return float(float(found[0]) == label)
     # The official code raises on a decimal fraction where the label is an integer.
-    return float("." not in found[0] and int(found[0]) == label)
+    return float("." not in found[0] and whole_number(found[0]) == label)
 
 
 def _math_calc(
@@ -107,7 +113,7 @@ def _math_calc(
     model_name: str = "",
 ) -> float:
     label = references[0] if isinstance(references[0], list) else references
-    numbers = [int(digits) for digits in re.findall("[0-9]+", prediction)]
+    numbers = [whole_number(digits) for digits in re.findall("[0-9]+", prediction)]
     if model_name == "gpt4":
         numbers = numbers[1:]
     right = 0

@@ -12,7 +12,7 @@ SOURCE = "NVIDIA/RULER@c3f5e3b:scripts/eval/synthetic/constants.py"
 def _mean_of(match: Callable[[str, Sequence[str]], float]) -> Callable[..., float]:
     def score(prediction: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         points = [match(p, r) for p, r in zip(prediction, references, strict=True)]
-        return round(100 * sum(points) / len(points), 2)
+        return round(sum(points) / len(points) * 100, 2)  # in the official order, for rounding
 
     return score
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from .text import whole_number
+
 _START = "\\boxed{"
 _NOISE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|left|right)\b|\\[,!;:$% ]|[\s$,{}%]")
 _INTEGER = re.compile(r"[0-9]+")
@@ -40,11 +42,11 @@ def as_integer(content: str) -> int | None:
         None if it holds anything else, such as a fraction, a sum or an equation.
     """
     bare = _NOISE.sub("", content).removesuffix(".")
-    return int(bare) if _INTEGER.fullmatch(bare) else None
+    return whole_number(bare) if _INTEGER.fullmatch(bare) else None
 
 
 def last_integer(text: str) -> int | None:
     """Return the last run of digits of the last line that is not blank; None if it has none."""
     lines = text.strip().rsplit("\n", 1)
     found = _INTEGER.findall(lines[-1].replace(",", ""))
-    return int(found[-1]) if found else None
+    return whole_number(found[-1]) if found else None

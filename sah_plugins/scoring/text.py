@@ -82,6 +82,14 @@ def first_line(text: str) -> str:
     return text.lstrip("\n").split("\n")[0]
 
 
+def whole_number(digits: str) -> int | None:
+    """Return the integer that digits write; None if Python refuses to read so long a number."""
+    try:
+        return int(digits)
+    except ValueError:
+        return None
+
+
 def best(scores: Iterable[float]) -> float:
     """Return the greatest score, 0 of none."""
     return max([0.0, *scores])

@@ -83,7 +83,7 @@ def _offsets(word: str, part: str) -> tuple[int, ...]:
     """Where the meanings of a word lie in the data file."""
     if not word or " " in word or "\n" in word:
         return ()
-    line = _line_of(_file(f"index.{part}"), word.encode())
+    line = _line_of(_file(f"index.{part}"), word.encode(errors="surrogatepass"))
     if line is None:
         return ()
     fields = line.split()

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from sah_bench.cli import main
+from sah_core import registry
 from sah_core.errors import RequestError, UnknownPluginError
 from sah_core.testing.golden import run_maskers
 
@@ -267,3 +268,22 @@ class TestMetrics:
         assert result.exit_code == 2
         assert "is no golden metric file" in result.output
         assert "holds no golden metric file" in self.run(tmp_path).output
+
+    def test_a_file_that_a_broken_benchmark_may_know_says_so(self, case_file, tmp_path):
+        path = tmp_path / "samples.json"
+        path.write_text('{"hidden": []}')
+        case_file("good")
+        registry.benchmarks.register("bad", object())
+        try:
+            alone, folder = self.run(path), self.run(tmp_path)
+        finally:
+            registry.benchmarks.unregister("bad")
+        assert alone.exit_code == 2
+        assert "benchmark 'bad' of distribution 'local'" in alone.output
+        assert "skipped  samples.json  0 of 0 cases: benchmark 'bad'" in folder.output
+        assert folder.exit_code == 0
+
+    def test_a_case_without_an_expected_number_is_skipped(self, case_file):
+        result = self.run(case_file(expected=None))
+        assert result.exit_code == 0
+        assert "1 skipped: None is expected, which is no score" in result.output

@@ -57,3 +57,36 @@ def test_a_missing_library_is_needed_by_the_one_metric_only(monkeypatch):
     assert helmet("a b", ["b"], key="f1") > 0
     with pytest.raises(MissingLibraryError, match="needs the package rouge-score: pip install"):
         helmet("a b", ["b"], key="rougeL_f1")
+
+
+@pytest.mark.parametrize(
+    ("metric", "references", "score"),
+    [
+        ("infinitebench_math_find", [7], 0.0),
+        ("infinitebench_math_calc", [7, 8], 0.0),
+        ("infinitebench_code_run", [7], 0.0),
+        ("zeroscrolls_concordance_index", ["2, 1, 3"], 0.0),
+        ("zeroscrolls_exp_similarity", ["50%"], 0.0),
+        ("aime_integer", ["7"], 0.0),
+        ("aime_lm_eval", ["7"], 0.0),
+        ("longbench_count", ["7"], 0.0),
+        ("gsm8k_lm_eval", ["#### 7"], 0.0),
+    ],
+)
+@pytest.mark.parametrize("text", ["9" * 20_000, "\\boxed{" + "9" * 20_000 + "}"])
+def test_a_number_of_any_length_is_a_wrong_answer_and_no_fault(metric, references, score, text):
+    assert find_scorer(metric)(text, references) == score
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [("50%", 1.0), ("1.2.50%", 0.5**4.75), ("x50.%", 1.0), ("50.0.0%", 0.5**5), ("5 0%", 0.5**5)],
+)
+def test_the_first_percentage_counts(text, score):
+    assert find_scorer("zeroscrolls_exp_similarity")(text, ["50%"]) == pytest.approx(100 * score)
+
+
+def test_percentages_of_ruler_are_rounded_after_the_official_division():
+    answers, right = ["yes"] + ["no"] * 159, [["yes"]] * 160
+    score = find_scorer("ruler_string_match_part")(answers, right)
+    assert score == round(1 / 160 * 100, 2)
