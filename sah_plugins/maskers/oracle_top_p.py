@@ -15,6 +15,7 @@ query; keeps no state.
 from typing import ClassVar
 
 import attrs
+import torch
 
 from sah_core import Capabilities, Inputs, Mask, Masker, Search, Size, hookimpl, param
 from sah_core.selection import count_overflow, join_rows, residual_scores, row_pieces
@@ -50,13 +51,14 @@ class OracleTopP(Masker):
         """Add the best keys that ``previous`` does not hold yet, as many as the mass needs."""
         if previous.is_full:
             return previous
+        limit = None if self.max_size is None else inputs.budget(self.max_size)
         capacity = None if inputs.key_len is not None else inputs.capacity
-        if self.max_size is not None:
-            capacity = inputs.budget(self.max_size).capacity
-        found, limited = [], []
+        if limit is not None:
+            capacity = limit.capacity
+        found = []
         for part, taken in row_pieces(inputs, previous, BYTES_PER_KEY):
             scores = inputs.ops.logits(part.query, part.key, part.scaling, part.softcap)
-            indices, _, overflow = inputs.ops.masked_topp(
+            indices, chosen, overflow = inputs.ops.masked_topp(
                 residual_scores(scores, part, taken),
                 self.top_p,
                 capacity,
@@ -64,11 +66,13 @@ class OracleTopP(Masker):
                 stop=part.allowed.stop,
                 taken=taken.ranges,
             )
+            if limit is not None:
+                if limit.count is not None:
+                    slot = torch.arange(indices.shape[-1], device=indices.device)
+                    indices = torch.where(slot < limit.count.unsqueeze(-1), indices, -1)
+                    overflow = overflow | (chosen > limit.count)
+                count_overflow(inputs, overflow)
             found.append(indices)
-            limited.append(overflow)
-        if self.max_size is not None:
-            for rows in limited:
-                count_overflow(inputs, rows)
         return previous.union(Mask.from_indices(inputs.shape, join_rows(found)), disjoint=True)
 
     def bytes_read(self, inputs: Inputs) -> int:

@@ -128,8 +128,15 @@ def test_a_length_on_the_device_selects_what_a_host_length_does(calls, max_size)
     capacity = found.selected.capacity
     assert capacity == (25 if max_size is None else live.budget(masker.max_size).capacity)
     here = calls.effective(build_mask((masker,), inputs, states={}), inputs)
-    if max_size != 0.3:  # a fraction of a longer buffer is a larger limit
-        assert torch.equal(calls.effective(found, live)[..., :20], here)
+    assert torch.equal(calls.effective(found, live)[..., :20], here)
+
+
+def test_a_fraction_limits_each_sequence_of_a_batch_by_its_own_keys(calls):
+    inputs = calls.make(query_len=1, first=(0, 10))
+    previous = Mask.empty(inputs.shape)
+    found = calls.effective(OracleTopP(top_p=1.0, max_size=0.3).add_mask(inputs, previous), inputs)
+    assert (found > 0).sum(-1).flatten(1).tolist() == [[6] * 4, [3] * 4]
+    assert selection.overflow_rows(inputs.request_state) == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
