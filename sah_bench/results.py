@@ -106,6 +106,7 @@ def metrics_of(
             for metric in experiment.metrics
         },
         "backends": backends,
+        "overflow_rows": sum(row.get("overflow_rows", 0) for row in cell.micro),
         "saving": saving(pipeline, backends),
         "protocol": {
             **plan.benchmark.protocol_for(task).to_plain(),

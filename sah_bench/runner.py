@@ -422,7 +422,11 @@ def sample_of(
             **({"turns": list(turns)} if turns else {}),
             **({} if detail.likelihood is None else {"losses": list(detail.likelihood.losses)}),
         },
-        micro={"metrics": metrics, "backends": sorted(detail.backends)},
+        micro={
+            "metrics": metrics,
+            "backends": sorted(detail.backends),
+            "overflow_rows": detail.overflow_rows,
+        },
         timing=timing,
         observed={
             name: observer.records()

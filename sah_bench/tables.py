@@ -132,6 +132,16 @@ def print_results(results: Sequence[CellResult], output: Any, console: Console) 
                 style="yellow",
             )
     for result in results:
+        rows = result.metrics.get("overflow_rows", 0)
+        if rows:
+            console.print(
+                f"{_place(result)}: {rows} rows (of all layers and heads) wanted more keys than "
+                "max_size gives them.",
+                markup=False,
+                soft_wrap=True,
+                style="yellow",
+            )
+    for result in results:
         if result.status == "failed":
             line = f"failed: {_place(result)}: {result.message}"
             if not result.bad_input:

@@ -434,7 +434,7 @@ class Session:
             )
             for layer, kept in self.layers.items()
         }
-        return Snapshot(layers, dict(self.request_state))
+        return Snapshot(layers, copied(self.request_state))
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go back to a snapshot."""
@@ -449,7 +449,7 @@ class Session:
             for index, token in tokens.items():
                 kept.states[index].restore(token)
         self.request_state.clear()
-        self.request_state.update(snapshot.request_state)
+        self.request_state.update(copied(snapshot.request_state))
         self._prefix = None
 
     def reset(self) -> None:
@@ -613,3 +613,11 @@ def infer_phase(query_len: int, key_len: int) -> Phase:
     if query_len == key_len:
         return "prefill"
     return "decode" if query_len == 1 else "question"
+
+
+def copied(request_state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A request's state whose tensors, which maskers write in place, are copies."""
+    return {
+        key: value.clone() if isinstance(value, Tensor) else value
+        for key, value in request_state.items()
+    }

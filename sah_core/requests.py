@@ -188,6 +188,8 @@ class AnswerDetail:
         others: Further sequences, where several were asked for (``num_return_sequences``); the
             times are those of all of them together.
         batch: Contexts that were read and answered together; the times are those of all of them.
+        overflow_rows: Query rows, of all heads and layers, that wanted more keys than a masker's
+            ``max_size`` gave them; like the times, of all contexts and sequences together.
         likelihood: Not None where a given text was predicted in place of an answer: the text is
             then empty and ``token_ids`` are those predicted.
     """
@@ -205,6 +207,7 @@ class AnswerDetail:
     seconds_index: float = 0.0
     others: tuple[Generated, ...] = ()
     batch: int = 1
+    overflow_rows: int = 0
     likelihood: Likelihood | None = None
 
     @property

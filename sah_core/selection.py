@@ -24,7 +24,7 @@ SCORE_BYTES = 64 * 2**20
 """Scores held at once: more query rows than fit are scored in pieces."""
 
 OVERFLOW = "overflow"
-"""Key in ``Inputs.request_state`` under which rows that overflow are counted."""
+"""First part of the keys in ``Inputs.request_state`` under which rows that overflow are counted."""
 
 
 def row_pieces(
@@ -205,15 +205,20 @@ def count_overflow(inputs: Inputs, rows: Tensor) -> None:
         inputs: The attention call.
         rows: bool of any shape, True for each (sequence, head, query row) that overflowed.
     """
-    counts = inputs.request_state.setdefault(OVERFLOW, {})
-    place = (inputs.random.step, inputs.layer)
-    if place not in counts:
-        counts[place] = torch.zeros((), dtype=torch.int64, device=rows.device)
-    counts[place].add_(rows.sum())
+    place = (OVERFLOW, inputs.random.step, inputs.layer)
+    if place not in inputs.request_state:
+        zero = torch.zeros((), dtype=torch.int64, device=rows.device)
+        inputs.request_state[place] = zero
+    inputs.request_state[place].add_(rows.sum())
 
 
 def overflow_rows(request_state: Mapping[Any, Any]) -> int:
     """Rows that wanted more keys than ``max_size`` gave them, over steps and layers; waits for the
     device.
     """
-    return sum(int(count) for count in request_state.get(OVERFLOW, {}).values())
+    counts = [
+        int(count)
+        for place, count in request_state.items()
+        if isinstance(place, tuple) and place[:1] == (OVERFLOW,)
+    ]
+    return sum(counts)

@@ -74,8 +74,8 @@ def test_overflow_is_counted_per_step_and_layer_over_calls():
         here = attrs.evolve(inputs, layer=layer, random=Random(step=2, layer=layer))
         count_overflow(here, torch.tensor([True, False, True]))
     assert overflow_rows(inputs.request_state) == 6
-    counts = inputs.request_state[selection.OVERFLOW]
-    assert {place: int(count) for place, count in counts.items()} == {(2, 0): 4, (2, 1): 2}
+    counts = {place: int(count) for place, count in inputs.request_state.items()}
+    assert counts == {(selection.OVERFLOW, 2, 0): 4, (selection.OVERFLOW, 2, 1): 2}
 
 
 def random_call(query_len=3, keep=None):

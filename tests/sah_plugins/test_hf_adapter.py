@@ -808,3 +808,16 @@ def test_capped_logits_are_never_left_to_sdpa(models):
 def test_every_error_is_a_sah_error():
     for error in (ContextTooLongError, ParameterError, RequestError, UnsupportedError):
         assert issubclass(error, SahError)
+
+
+def test_rows_that_want_more_keys_than_they_get_are_counted_per_answer(make):
+    adapter = make()
+    request = Request(context=CONTEXT, questions=QUESTIONS, chat=False)
+    capped, free = "oracle-top-p(0.99, max_size=2)", "oracle-top-p(0.99)"
+    prefilled = adapter.prefill(request)
+    first = adapter.answer(prefilled, capped, NEW).details
+    assert all(detail.overflow_rows > 0 for detail in first)
+    # every answer starts from the context: an earlier one leaves nothing behind
+    again = adapter.answer(prefilled, capped, NEW, indices=[2]).details
+    assert again[0].overflow_rows == first[2].overflow_rows
+    assert all(d.overflow_rows == 0 for d in adapter.answer(prefilled, free, NEW).details)

@@ -15,6 +15,7 @@ from sah_core.attention import Session
 from sah_core.errors import ParameterError, RequestError
 from sah_core.patching import use
 from sah_core.requests import AnswerDetail, Likelihood
+from sah_core.selection import overflow_rows
 
 from .answers import answer_detail, new_tokens
 from .captured import CapturedDecode
@@ -491,6 +492,7 @@ class HuggingFaceAdapter(Reader):
         extra = [tokens[prefilled.width : context] for tokens in prompts]
         draws: list[list[list[tuple[tuple[int, ...], str]]]] = []
         first_token: float | None = None
+        overflowed = 0
         with seeded(generation.seed, self.devices):
             for _ in range(generation.draws):
                 idle = () if generation.beams > 1 else together.idle
@@ -508,6 +510,7 @@ class HuggingFaceAdapter(Reader):
                         **{self._cache_argument: kv_cache},
                         **generation.options,
                     )
+                    overflowed += overflow_rows(session.request_state)
                 draws.append(new_tokens(output, ids, watch, generation))
                 first_token = watch.first_token if first_token is None else first_token
         seconds = elapsed()
@@ -528,6 +531,7 @@ class HuggingFaceAdapter(Reader):
                 row.prompts[index],
                 sequences,
                 batch=len(rows),
+                overflow_rows=overflowed,
                 backends=tuple(sorted(state.session.backends_used)),
                 **times,
             )
