@@ -13,6 +13,14 @@ if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """One worker per core for the whole suite; a file or two is done sooner without any."""
+    if config.args_source == pytest.Config.ArgsSource.ARGS:
+        return 0
+    return os.cpu_count()
+
+
 @pytest.fixture(scope="session")
 def models():
     """The module ``models.py`` beside this file: builders of tiny models and tokenizers."""
