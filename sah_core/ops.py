@@ -57,6 +57,7 @@ class Ops(CodeOps):
         taken: Sequence[KeyRange] = (),
         page_size: int = 1,
         origin: Tensor | None = None,
+        levels: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The best-scored candidates of each row; of equal scores the lower index wins.
 
@@ -73,6 +74,8 @@ class Ops(CodeOps):
             page_size: Keys per candidate; a page is a candidate if any of its keys lies inside the
                 limits.
             origin: Key index of page 0 per sequence, int32 ``(batch | 1,)``; None = 0.
+            levels: The caller knows that every score is an integer from 0 to ``levels - 1``, or
+                -inf. Changes nothing but the time it takes.
 
         Returns:
             int32 indices ``(batch, heads, query_len, capacity)``, the chosen ones first and -1
@@ -191,6 +194,45 @@ class Ops(CodeOps):
         rows = query_position - first.view(-1, 1)
         keys = torch.arange(key_len, device=first.device) - first.view(-1, 1)
         return random.uniform(heads, rows, keys[:, None, None, :], draw)
+
+    def random_topk(
+        self,
+        random: Random,
+        heads: int,
+        query_position: Tensor,
+        key_len: int,
+        first: Tensor,
+        capacity: int,
+        *,
+        batch: int,
+        draw: int = 0,
+        count: Tensor | None = None,
+        start: Tensor | None = None,
+        stop: Tensor | None = None,
+        taken: Sequence[KeyRange] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """A uniform sample without replacement: `masked_topk` of `random_scores`.
+
+        Args:
+            random: As in `random_scores`; likewise ``heads`` to ``first`` and ``draw``.
+            heads: Query heads.
+            query_position: Key index of every query row.
+            key_len: Keys in the buffer, which are the candidates.
+            first: First real key per sequence.
+            capacity: As in `masked_topk`; likewise ``count`` to ``taken``.
+            batch: Sequences.
+            draw: Distinguishes several samples at one place.
+            count: How many to choose per row.
+            start: First candidate key per row.
+            stop: One past the last candidate key per row.
+            taken: Ranges whose members are no candidates.
+
+        Returns:
+            Those of `masked_topk`.
+        """
+        scores = self.random_scores(random, heads, query_position, key_len, first, draw=draw)
+        scores = scores.expand(batch, -1, -1, -1).contiguous()
+        return self.masked_topk(scores, capacity, count=count, start=start, stop=stop, taken=taken)
 
     def logits_at(
         self,
@@ -623,6 +665,19 @@ class Ops(CodeOps):
         """
         return pack_codes((values > 0).to(torch.int32), 1)
 
+    def signatures(self, rows: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Signatures of rows: the signs of what a small MLP of each head makes of them.
+
+        Args:
+            rows: ``(batch, heads, count, channels)``.
+            layers: Weight ``(heads, inputs, outputs)`` and bias ``(heads, 1, outputs)`` of each
+                linear layer, float32, with SiLU between two layers.
+
+        Returns:
+            `pack_signs` of the outputs, int32 ``(batch, heads, count, words)``.
+        """
+        return self.pack_signs(apply_mlp(layers, rows.float()))
+
     def hamming_scores(
         self, query: Tensor, key: Tensor, bits: int, kv_heads: int, reduction: str = "none"
     ) -> Tensor:
@@ -646,6 +701,17 @@ class Ops(CodeOps):
             differ = differ + popcount(rows[..., word, None] ^ key[..., None, :, word])
         scores = (bits - differ).float().view(batch, heads, query_len, key.shape[2])
         return reduce_groups(scores, kv_heads, reduction)
+
+
+def apply_mlp(layers: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> Tensor:
+    """Send rows ``(..., heads, count, channels)`` through the MLP of each head: linear layers of
+    weight ``(heads, inputs, outputs)`` and bias ``(heads, 1, outputs)``, with SiLU between.
+    """
+    for index, (weight, bias) in enumerate(layers):
+        if index:
+            rows = torch.nn.functional.silu(rows)
+        rows = torch.matmul(rows, weight) + bias
+    return rows
 
 
 def reduce_groups(scores: Tensor, kv_heads: int, reduction: str) -> Tensor:

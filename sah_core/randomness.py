@@ -27,12 +27,21 @@ def _shift_right(bits: Tensor, count: int) -> Tensor:
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
-def mix(state: Tensor, word: Tensor | int) -> Tensor:
+def mix(state: Tensor | int, word: Tensor) -> Tensor:
     """Absorb one counter word into 64 bits of state; int64 tensors, wrapping arithmetic."""
-    bits = (state ^ word) + _signed(_GOLDEN)
+    bits = (word ^ state) + _signed(_GOLDEN)
     bits = (bits ^ _shift_right(bits, 30)) * _signed(_MIX[0])
     bits = (bits ^ _shift_right(bits, 27)) * _signed(_MIX[1])
     return bits ^ _shift_right(bits, 31)
+
+
+def _mix_host(state: int, word: int) -> int:
+    """`mix` of host integers, both from 0 to 2^64 - 1."""
+    whole = (1 << 64) - 1
+    bits = ((state ^ word) + _GOLDEN) & whole
+    bits = ((bits ^ bits >> 30) * _MIX[0]) & whole
+    bits = ((bits ^ bits >> 27) * _MIX[1]) & whole
+    return bits ^ bits >> 31
 
 
 @attrs.frozen
@@ -48,6 +57,15 @@ class Random:
     seed: int = 0
     step: int = 0
     layer: int = 0
+
+    def state(self, draw: int = 0) -> int:
+        """What `bits` starts from at every place: seed, step, layer and draw, as a signed integer
+        of 64 bits; head, query and key positions are mixed in after it, in that order.
+        """
+        state = 0
+        for word in (self.seed, self.step, self.layer, draw):
+            state = _mix_host(state, word & ((1 << 64) - 1))
+        return _signed(state)
 
     def bits(
         self, heads: int, query_position: Tensor, key_position: Tensor, draw: int = 0
@@ -65,11 +83,8 @@ class Random:
             int64, the broadcast shape ``(batch, heads, query_len, count)``.
         """
         device = key_position.device
-        state = torch.zeros((), dtype=torch.int64, device=device)
-        for word in (self.seed, self.step, self.layer, draw):
-            state = mix(state, _signed(word))
         head = torch.arange(heads, dtype=torch.int64, device=device).view(1, heads, 1, 1)
-        state = mix(state, head)
+        state = mix(self.state(draw), head)
         state = mix(state, query_position.long()[:, None, :, None])
         return mix(state, key_position.long())
 

@@ -67,6 +67,7 @@ def add_best(
     size: Size,
     score: Callable[[Inputs], Tensor],
     share: Callable[[Tensor], Tensor] | None = None,
+    levels: int | None = None,
 ) -> Mask:
     """Add the ``size`` best keys of each row that may be attended and are not selected yet.
 
@@ -82,6 +83,7 @@ def add_best(
         share: For scores of a head that depend on which keys are candidates (a softmax over them):
             from scores per query head with -inf at all other keys it makes those to choose by,
             per query head or KV head, finite where the choice is open.
+        levels: Where scores are integers from 0 on: how many there are; see `Ops.masked_topk`.
 
     Returns:
         ``previous`` united with the choice.
@@ -106,6 +108,7 @@ def add_best(
             start=part.allowed.start,
             stop=part.allowed.stop,
             taken=taken.ranges,
+            levels=levels,
         )
         parts.append(indices)
     indices = join_rows(parts)
@@ -174,17 +177,23 @@ def sample(
     Returns:
         int32 indices ``(batch, heads, query_len, capacity)``, -1 past the sample.
     """
-    allowed = inputs.allowed
-    scores = inputs.ops.random_scores(
-        inputs.random,
-        inputs.heads,
-        inputs.query_position,
-        inputs.capacity,
-        allowed.first,
-        draw=draw,
-    )
+    allowed, ops = inputs.allowed, inputs.ops
+    place = (inputs.random, inputs.heads, inputs.query_position, inputs.capacity, allowed.first)
+    if allowed.keep is None and previous.selected is None and previous.dense is None:
+        indices, _ = ops.random_topk(
+            *place,
+            capacity,
+            batch=inputs.batch,
+            draw=draw,
+            count=count,
+            start=allowed.start,
+            stop=allowed.stop,
+            taken=previous.ranges,
+        )
+        return indices
+    scores = ops.random_scores(*place, draw=draw)
     scores = scores.expand(inputs.batch, -1, -1, -1).contiguous()
-    indices, _ = inputs.ops.masked_topk(
+    indices, _ = ops.masked_topk(
         residual_scores(scores, inputs, previous),
         capacity,
         count=count,

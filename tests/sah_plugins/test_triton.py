@@ -9,6 +9,7 @@ import torch
 from sah_core import Allowed, Inputs, KeyRange, Mask
 from sah_core.backend import Problem
 from sah_core.ops import REFERENCE, code_width
+from sah_core.randomness import Random
 from sah_plugins.backends.triton.backend import TritonBackend
 
 pytestmark = [
@@ -20,7 +21,7 @@ pytestmark = [
 
 
 PACKAGE = "sah_plugins.backends.triton"
-KERNELS = ("attention", "topk", "pages", "labels", "ops")
+KERNELS = ("attention", "topk", "pages", "labels", "queries", "ops")
 
 
 def is_of_triton(name):
@@ -268,6 +269,45 @@ def test_top_k_takes_ties_limits_counts_and_taken_keys_like_the_reference(ops, m
     same_choice(ops.masked_topk(scores, 120), REFERENCE.masked_topk(scores, 120))
 
 
+@pytest.mark.parametrize("length", ["short", "long"])
+@pytest.mark.parametrize("levels", [60, 3000])
+def test_top_k_of_scores_that_are_few_levels_is_that_of_all_floats(
+    ops, monkeypatch, length, levels
+):
+    if length == "long":
+        topk = sys.modules["sah_plugins.backends.triton.topk"]
+        monkeypatch.setattr(topk, "SHORT", 16)
+        monkeypatch.setattr(topk, "CHUNK", 64)
+        monkeypatch.setattr(topk, "FEW", 3)
+    torch.manual_seed(levels)
+    scores = torch.randint(levels, (1, 1, 2, 200)).float()
+    scores[0, 0, 0, 7:] = float("-inf")
+    scores[0, 0, 1, :9] = levels - 1
+    for capacity in (1, 20, 220):
+        right = REFERENCE.masked_topk(scores, capacity)
+        same_choice(ops.masked_topk(scores, capacity, levels=levels), right)
+        same_choice(ops.masked_topk(scores, capacity), right)
+
+
+@pytest.mark.parametrize("length", ["short", "long"])
+def test_random_choices_are_those_of_the_reference(ops, monkeypatch, length):
+    if length == "long":
+        topk = sys.modules["sah_plugins.backends.triton.topk"]
+        monkeypatch.setattr(topk, "SHORT", 16)
+        monkeypatch.setattr(topk, "CHUNK", 128)
+    inputs = call(batch=2, heads=2, query_len=1, key_len=300, first=[0, 11])
+    allowed = inputs.allowed
+    random = Random(seed=7, step=2, layer=3)
+    place = (random, 2, inputs.query_position, 300, allowed.first)
+    drawn = ops.random_scores(*place, draw=1)
+    assert torch.equal(drawn, REFERENCE.random_scores(*place, draw=1))
+    count = torch.tensor([5, 20], dtype=torch.int32).view(2, 1, 1)
+    limits = {"count": count, "start": allowed.start, "stop": allowed.stop}
+    limits["taken"] = [KeyRange(allowed.start, allowed.start, 4, 0, 4)]
+    right = REFERENCE.random_topk(*place, 24, batch=2, draw=1, **limits)
+    same_choice(ops.random_topk(*place, 24, batch=2, draw=1, **limits), right)
+
+
 def test_top_k_reads_limits_in_keys_where_candidates_are_pages(ops):
     torch.manual_seed(0)
     scores = torch.randn(2, 2, 1, 20)
@@ -375,3 +415,16 @@ def test_signatures_agree_in_as_many_bits_as_the_reference_says(
     key = ops.pack_signs(torch.randn(2, key_heads, 60, bits))[:, :, :45]
     expected = REFERENCE.hamming_scores(query, key, bits, kv_heads, reduction)
     assert torch.equal(ops.hamming_scores(query, key, bits, kv_heads, reduction), expected)
+
+
+@pytest.mark.parametrize("widths", [(24, 40, 16, 32), (16, 33, 8, 70)])
+def test_signatures_are_those_of_the_reference(ops, widths):
+    torch.manual_seed(0)
+    layers = [
+        (torch.randn(3, a, b), torch.randn(3, 1, b))
+        for a, b in zip(widths[:-1], widths[1:], strict=True)
+    ]
+    rows = torch.randn(2, 3, 2, widths[0])
+    assert torch.equal(ops.signatures(rows, layers), REFERENCE.signatures(rows, layers))
+    half = rows.to(torch.bfloat16)
+    assert torch.equal(ops.signatures(half, layers), REFERENCE.signatures(half, layers))

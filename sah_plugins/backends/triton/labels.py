@@ -59,14 +59,18 @@ def _label_scores(
         words = labels + b * l_sb + head * l_sh + place * l_sk
         own = rows + ((b * groups + group) * SHARE + member) * lines * COUNT + line * COUNT
         score = tl.zeros([TILE, BLOCK], tl.float32)
+        whole = tl.zeros([TILE], tl.float32)
         word = tl.zeros([BLOCK], tl.int32)
         for channel in tl.static_range(COUNT):
             if channel * WIDTH % 32 == 0:
                 word = tl.load(words + channel * WIDTH // 32, mask=inside, other=0)
             code = (word >> (channel * WIDTH % 32)) & ((1 << WIDTH) - 1)
-            value = code.to(tl.float32) * step + least
+            # 2^23 + code, as the bits of a float: conversions run at a quarter of the speed
+            value = (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
             weight = tl.load(own + channel, mask=present, other=0.0)
             score += weight[:, None] * value[None, :]
+            whole += weight
+        score = score * step[None, :] + whole[:, None] * least[None, :]
         joined = _joined(joined, score, REDUCTION)
     out = scores + ((b * groups + group) * lines + line)[:, None] * keys + at[None, :]
     joined = _shared(joined, SHARE, REDUCTION)

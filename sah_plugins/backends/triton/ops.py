@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from sah_core.mask import KeyRange
-from sah_core.ops import Ops, channels_of, code_width, round_to_bits
+from sah_core.ops import Ops, channels_of, code_width
+from sah_core.randomness import Random
 
 from . import labels as codes
-from . import pages, topk
+from . import pages, queries, topk
 from .backend import DTYPES, is_interpreted
+
+ROWS = 16
+"""Query rows up to which weights are read anew for each row; more are a matrix product."""
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -42,6 +46,7 @@ class TritonOps(Ops):
         taken: Sequence[KeyRange] = (),
         page_size: int = 1,
         origin: Tensor | None = None,
+        levels: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Radix select, the chosen in the order of their indices."""
         select = topk.masked_topk
@@ -61,6 +66,66 @@ class TritonOps(Ops):
             taken=taken,
             page_size=page_size,
             origin=origin,
+            levels=levels,
+        )
+
+    def random_scores(
+        self,
+        random: Random,
+        heads: int,
+        query_position: Tensor,
+        key_len: int,
+        first: Tensor,
+        *,
+        draw: int = 0,
+    ) -> Tensor:
+        """The same bits in one launch."""
+        if not (first.is_cuda or is_interpreted()) or not key_len * query_position.numel():
+            return super().random_scores(random, heads, query_position, key_len, first, draw=draw)
+        numbers = topk.Draw(state=random.state(draw), positions=query_position, first=first)
+        shape = (first.shape[0], heads, query_position.shape[1], key_len)
+        return topk.random_scores(numbers, shape)
+
+    def random_topk(
+        self,
+        random: Random,
+        heads: int,
+        query_position: Tensor,
+        key_len: int,
+        first: Tensor,
+        capacity: int,
+        *,
+        batch: int,
+        draw: int = 0,
+        count: Tensor | None = None,
+        start: Tensor | None = None,
+        stop: Tensor | None = None,
+        taken: Sequence[KeyRange] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """The random numbers are made where they are compared."""
+        if (
+            not (first.is_cuda or is_interpreted())
+            or len(taken) > topk.MAX_TAKEN
+            or not key_len * query_position.numel()
+        ):
+            return super().random_topk(
+                random,
+                heads,
+                query_position,
+                key_len,
+                first,
+                capacity,
+                batch=batch,
+                draw=draw,
+                count=count,
+                start=start,
+                stop=stop,
+                taken=taken,
+            )
+        numbers = topk.Draw(state=random.state(draw), positions=query_position, first=first)
+        shape = (batch, heads, query_position.shape[1], key_len)
+        return topk.random_topk(
+            numbers, shape, capacity, count=count, start=start, stop=stop, taken=taken
         )
 
     def share(
@@ -122,20 +187,32 @@ class TritonOps(Ops):
             return super().label_scores(
                 query, channels, labels, affine, bits, scaling, kv_heads, reduction
             )
-        rows = channels_of(query, channels).float()
-        if affine is not None:
-            rows = round_to_bits(rows, bits)
-        rows = rows * scaling
         linear = reduction in ("sum", "mean") and labels.shape[1] == kv_heads
+        if affine is not None:
+            how = reduction if linear else "none"
+            rows = queries.label_rows(query, channels, bits, scaling, kv_heads, how)
+            return codes.label_scores(
+                rows, labels, affine, code_width(bits), kv_heads, "none" if linear else reduction
+            )
+        rows = channels_of(query, channels).float() * scaling
         if linear:
             # the heads that share labels are added up first
             rows = rows.unflatten(1, (kv_heads, -1))
             rows = rows.sum(dim=2) if reduction == "sum" else rows.mean(dim=2)
-        if affine is None:
-            return pages.logits(rows.to(labels.dtype), labels, 1.0)
-        return codes.label_scores(
-            rows, labels, affine, code_width(bits), kv_heads, "none" if linear else reduction
-        )
+        return pages.logits(rows.to(labels.dtype), labels, 1.0)
+
+    def signatures(self, rows: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """A program reads the weights of a head once and keeps what lies between them."""
+        widths = [rows.shape[3], *(weight.shape[2] for weight, _ in layers)]
+        if (
+            not takes(rows)
+            or len(layers) != 3
+            or rows.shape[2] > ROWS
+            or max(widths) > 256
+            or not rows.numel()
+        ):
+            return super().signatures(rows, layers)
+        return queries.signatures(rows, layers)
 
     def hamming_scores(
         self, query: Tensor, key: Tensor, bits: int, kv_heads: int, reduction: str = "none"

@@ -2,14 +2,16 @@
 
 Rows that fit into the registers of one program are done in one launch: the k-th largest score is
 found by cutting the range of scores in three, then the chosen are written in index order. Longer
-rows are cut into chunks: four launches find the k-th largest score eight bits at a time from
-histograms, one counts what each chunk holds, one writes.
+rows are cut into chunks: each launch finds eight bits more of the k-th largest score from
+histograms of the chunks, which the last chunk of a row to finish adds up, and one launch writes.
+Scores of few levels need one launch of the first kind, or two. Random scores are made in registers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import attrs
 import torch
 import triton
 import triton.language as tl
@@ -17,13 +19,15 @@ from torch import Tensor
 
 from sah_core.mask import KeyRange
 
-from .attention import steps
+from .attention import TICKETS, steps
 
 SHORT = 8192
 CHUNK = 4096
 MAX_TAKEN = 4
-WORDS = 4 * 256 + 16
-"""int32 words of scratch per row: four histograms, then what is known so far."""
+PART = 16
+"""Histograms added up at once."""
+FEW = 256
+"""Scores of a chunk that are counted one by one at most."""
 
 
 @triton.jit
@@ -31,6 +35,25 @@ def _hide(at, valid, start, stop, b, row, sb, sr, s_off, eb, er, e_off):
     first = tl.load(start + b * sb + row * sr) + s_off
     last = tl.load(stop + b * eb + row * er) + e_off
     return valid & ((at < first) | (at >= last))
+
+
+@triton.jit
+def _mixed(state, word):
+    # SplitMix64, as `sah_core.randomness.mix` has it
+    bits = (state ^ word.to(tl.int64).to(tl.uint64, bitcast=True)) + 0x9E3779B97F4A7C15
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB
+    return bits ^ (bits >> 31)
+
+
+@triton.jit
+def _drawn(positions, firsts, at, b, head, row, r_sb, state):
+    # the 23 random bits of `sah_core.randomness.Random.uniform`
+    first = tl.load(firsts + b * r_sb)
+    bits = _mixed(tl.cast(state, tl.int64).to(tl.uint64, bitcast=True), head)
+    bits = _mixed(bits, tl.load(positions + row).to(tl.int64) - first)
+    bits = _mixed(bits, at.to(tl.int64) - first)
+    return (bits >> 41).to(tl.int32)
 
 
 @triton.jit
@@ -44,15 +67,16 @@ def _ordered(score, valid):
 
 
 @triton.jit(do_not_specialize=["a_s_off", "a_e_off", "b_s_off", "b_e_off", "c_s_off", "c_e_off",
-                               "d_s_off", "d_e_off", "candidates", "capacity"])  # fmt: skip
+                               "d_s_off", "d_e_off", "candidates", "capacity",
+                               "state"])  # fmt: skip
 def _candidates(
-    scores, start, stop, origin, at, line, b, head, row, candidates,
+    scores, start, stop, origin, positions, firsts, at, line, b, head, row, candidates,
     a_start, a_stop, b_start, b_stop, c_start, c_stop, d_start, d_stop,
     a_sb, a_sr, a_s_off, a_eb, a_er, a_e_off, b_sb, b_sr, b_s_off, b_eb, b_er, b_e_off,
     c_sb, c_sr, c_s_off, c_eb, c_er, c_e_off, d_sb, d_sr, d_s_off, d_eb, d_er, d_e_off,
-    s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb,
+    s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, r_sb, state,
     PAGE: tl.constexpr, TAKEN: tl.constexpr, HAS_START: tl.constexpr, HAS_STOP: tl.constexpr,
-    HAS_ORIGIN: tl.constexpr,
+    HAS_ORIGIN: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     zero = 0
     if HAS_ORIGIN:
@@ -76,8 +100,19 @@ def _candidates(
         valid = _hide(at, valid, c_start, c_stop, b, row, c_sb, c_sr, c_s_off, c_eb, c_er, c_e_off)
     if TAKEN > 3:
         valid = _hide(at, valid, d_start, d_stop, b, row, d_sb, d_sr, d_s_off, d_eb, d_er, d_e_off)
-    score = tl.load(scores + line.to(tl.int64) * candidates + at, mask=valid, other=float("-inf"))
-    return _ordered(score, valid)
+    if KIND == "random":
+        level = _drawn(positions, firsts, at, b, head, row, r_sb, state)
+        code = tl.where(valid, level + 1, 0).to(tl.uint32, bitcast=True)
+    else:
+        place = line.to(tl.int64) * candidates + at
+        score = tl.load(scores + place, mask=valid, other=float("-inf"))
+        if KIND == "levels":
+            there = score > float("-inf")
+            code = tl.where(there, tl.where(there, score, 0.0).to(tl.int32) + 1, 0)
+            code = code.to(tl.uint32, bitcast=True)
+        else:
+            code = _ordered(score, valid)
+    return code
 
 
 @triton.jit
@@ -89,16 +124,18 @@ def _wanted(count, b, head, row, capacity, n_sb, n_sh, n_sr, HAS_COUNT: tl.const
 
 
 @triton.jit(do_not_specialize=["a_s_off", "a_e_off", "b_s_off", "b_e_off", "c_s_off", "c_e_off",
-                               "d_s_off", "d_e_off", "candidates", "capacity"])  # fmt: skip
+                               "d_s_off", "d_e_off", "candidates", "capacity",
+                               "state"])  # fmt: skip
 def _select_short(
-    scores, indices, chosen, count, start, stop, origin,
+    scores, indices, chosen, count, start, stop, origin, positions, firsts,
     a_start, a_stop, b_start, b_stop, c_start, c_stop, d_start, d_stop,
     a_sb, a_sr, a_s_off, a_eb, a_er, a_e_off, b_sb, b_sr, b_s_off, b_eb, b_er, b_e_off,
     c_sb, c_sr, c_s_off, c_eb, c_er, c_e_off, d_sb, d_sr, d_s_off, d_eb, d_er, d_e_off,
     candidates, capacity, heads, query_len,
-    n_sb, n_sh, n_sr, s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb,
+    n_sb, n_sh, n_sr, s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, r_sb, state,
     PAGE: tl.constexpr, TAKEN: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_STOP: tl.constexpr, HAS_ORIGIN: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+    HAS_STOP: tl.constexpr, HAS_ORIGIN: tl.constexpr, KIND: tl.constexpr,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0)
     row = line % query_len
@@ -106,11 +143,12 @@ def _select_short(
     b = line // (query_len * heads)
     at = tl.arange(0, BLOCK)
     code = _candidates(
-        scores, start, stop, origin, at, line, b, head, row, candidates,
+        scores, start, stop, origin, positions, firsts, at, line, b, head, row, candidates,
         a_start, a_stop, b_start, b_stop, c_start, c_stop, d_start, d_stop,
         a_sb, a_sr, a_s_off, a_eb, a_er, a_e_off, b_sb, b_sr, b_s_off, b_eb, b_er, b_e_off,
         c_sb, c_sr, c_s_off, c_eb, c_er, c_e_off, d_sb, d_sr, d_s_off, d_eb, d_er, d_e_off,
-        s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, PAGE, TAKEN, HAS_START, HAS_STOP, HAS_ORIGIN,
+        s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, r_sb, state,
+        PAGE, TAKEN, HAS_START, HAS_STOP, HAS_ORIGIN, KIND,
     )  # fmt: skip
     wanted = _wanted(count, b, head, row, capacity, n_sb, n_sh, n_sr, HAS_COUNT)
     reached = tl.sum((code > 0).to(tl.int32))
@@ -148,116 +186,183 @@ def _select_short(
 
 
 @triton.jit(do_not_specialize=["a_s_off", "a_e_off", "b_s_off", "b_e_off", "c_s_off", "c_e_off",
-                               "d_s_off", "d_e_off", "candidates", "capacity"])  # fmt: skip
+                               "d_s_off", "d_e_off", "candidates", "capacity",
+                               "state"])  # fmt: skip
 def _narrow(
-    scores, scratch, chosen, count, start, stop, origin,
+    scores, known, tallies, held, tickets, chosen, count, start, stop, origin, positions, firsts,
     a_start, a_stop, b_start, b_stop, c_start, c_stop, d_start, d_stop,
     a_sb, a_sr, a_s_off, a_eb, a_er, a_e_off, b_sb, b_sr, b_s_off, b_eb, b_er, b_e_off,
     c_sb, c_sr, c_s_off, c_eb, c_er, c_e_off, d_sb, d_sr, d_s_off, d_eb, d_er, d_e_off,
     candidates, capacity, heads, query_len,
-    n_sb, n_sh, n_sr, s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb,
+    n_sb, n_sh, n_sr, s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, r_sb, state,
     PAGE: tl.constexpr, TAKEN: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_STOP: tl.constexpr, HAS_ORIGIN: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
-    WORDS: tl.constexpr,
-):  # fmt: skip
-    line = tl.program_id(1)
-    row = line % query_len
-    head = (line // query_len) % heads
-    b = line // (query_len * heads)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    code = _candidates(
-        scores, start, stop, origin, at, line, b, head, row, candidates,
-        a_start, a_stop, b_start, b_stop, c_start, c_stop, d_start, d_stop,
-        a_sb, a_sr, a_s_off, a_eb, a_er, a_e_off, b_sb, b_sr, b_s_off, b_eb, b_er, b_e_off,
-        c_sb, c_sr, c_s_off, c_eb, c_er, c_e_off, d_sb, d_sr, d_s_off, d_eb, d_er, d_e_off,
-        s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, PAGE, TAKEN, HAS_START, HAS_STOP, HAS_ORIGIN,
-    )  # fmt: skip
-    scratch += line * WORDS
-    known = scratch + 4 * 256
-    eligible = code > 0
-    edge = tl.zeros([], tl.uint32)
-    if STEP > 0:
-        edge = tl.load(known).to(tl.uint32, bitcast=True)
-        eligible = eligible & ((code >> (32 - 8 * STEP)) == (edge >> (32 - 8 * STEP)))
-    digit = ((code >> (24 - 8 * STEP)) & 255).to(tl.int32)
-    seen = tl.histogram(digit, 256, mask=eligible)
-    bins = tl.arange(0, 256)
-    tl.atomic_add(scratch + STEP * 256 + bins, seen, mask=seen > 0, sem="relaxed")
-    tl.debug_barrier()
-    last = tl.atomic_add(known + 4 + STEP, 1, sem="acq_rel") == tl.num_programs(0) - 1
-    if last:
-        held = tl.load(scratch + STEP * 256 + bins, cache_modifier=".cg")
-        reach = tl.sum(held) - tl.cumsum(held, 0) + held
-        if STEP == 0:
-            missing = _wanted(count, b, head, row, capacity, n_sb, n_sh, n_sr, HAS_COUNT)
-            missing = tl.minimum(missing, tl.sum(held))
-            tl.store(chosen + line, missing)
-        else:
-            missing = tl.load(known + 1)
-        best = tl.sum((reach >= missing).to(tl.int32)) - 1
-        missing -= tl.sum(tl.where(bins > best, held, 0))
-        edge += best.to(tl.uint32) << (24 - 8 * STEP)
-        tl.store(known, edge.to(tl.int32, bitcast=True))
-        tl.store(known + 1, missing)
-
-
-@triton.jit(do_not_specialize=["a_s_off", "a_e_off", "b_s_off", "b_e_off", "c_s_off", "c_e_off",
-                               "d_s_off", "d_e_off", "candidates", "capacity"])  # fmt: skip
-def _write_long(
-    scores, scratch, chosen, count, start, stop, origin,
-    a_start, a_stop, b_start, b_stop, c_start, c_stop, d_start, d_stop,
-    a_sb, a_sr, a_s_off, a_eb, a_er, a_e_off, b_sb, b_sr, b_s_off, b_eb, b_er, b_e_off,
-    c_sb, c_sr, c_s_off, c_eb, c_er, c_e_off, d_sb, d_sr, d_s_off, d_eb, d_er, d_e_off,
-    candidates, capacity, heads, query_len,
-    n_sb, n_sh, n_sr, s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb,
-    indices, held,
-    PAGE: tl.constexpr, TAKEN: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_START: tl.constexpr,
-    HAS_STOP: tl.constexpr, HAS_ORIGIN: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
-    WORDS: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr,
+    HAS_STOP: tl.constexpr, HAS_ORIGIN: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, PART: tl.constexpr, FEW: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(1)
     chunk = tl.program_id(0)
+    chunks = tl.num_programs(0)
     row = line % query_len
     head = (line // query_len) % heads
     b = line // (query_len * heads)
     at = chunk * BLOCK + tl.arange(0, BLOCK)
     code = _candidates(
-        scores, start, stop, origin, at, line, b, head, row, candidates,
+        scores, start, stop, origin, positions, firsts, at, line, b, head, row, candidates,
         a_start, a_stop, b_start, b_stop, c_start, c_stop, d_start, d_stop,
         a_sb, a_sr, a_s_off, a_eb, a_er, a_e_off, b_sb, b_sr, b_s_off, b_eb, b_er, b_e_off,
         c_sb, c_sr, c_s_off, c_eb, c_er, c_e_off, d_sb, d_sr, d_s_off, d_eb, d_er, d_e_off,
-        s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, PAGE, TAKEN, HAS_START, HAS_STOP, HAS_ORIGIN,
+        s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, r_sb, state,
+        PAGE, TAKEN, HAS_START, HAS_STOP, HAS_ORIGIN, KIND,
     )  # fmt: skip
-    known = scratch + line * WORDS + 4 * 256
-    edge = tl.load(known).to(tl.uint32, bitcast=True)
+    SHIFT: tl.constexpr = BITS - 8 - 8 * STEP
+    known += line * 2
+    eligible = code > 0
+    edge = tl.zeros([], tl.uint32)
+    over = tl.zeros([], tl.int32)
+    if STEP > 0:
+        edge = tl.load(known).to(tl.uint32, bitcast=True)
+        lead = code >> (SHIFT + 8)
+        over = tl.sum((lead > (edge >> (SHIFT + 8))).to(tl.int32))
+        eligible = eligible & (lead == (edge >> (SHIFT + 8)))
+    digit = ((code >> SHIFT) & 255).to(tl.int32)
+    bins = tl.arange(0, 256)
+    tallies += line.to(tl.int64) * chunks * 256
+    held += line * chunks * 2
+    own = tallies + chunk * 256
+    if STEP == 0:
+        tl.store(own + bins, tl.histogram(digit, 256, mask=eligible))
+    else:
+        # a histogram costs the same however few are counted; single additions do not
+        if tl.sum(eligible.to(tl.int32)) > FEW:
+            tl.store(own + bins, tl.histogram(digit, 256, mask=eligible))
+        else:
+            tl.store(own + bins, tl.zeros([256], tl.int32))
+            tl.debug_barrier()
+            tl.atomic_add(own + digit, 1, mask=eligible, sem="relaxed")
+    if SHIFT == 0:
+        tl.store(held + chunk * 2, over)
+    # every thread's counts must be written before the ticket says so
+    tl.debug_barrier()
+    last = tl.atomic_add(tickets + line, 1, sem="acq_rel") == chunks - 1
+    if last:
+        tl.store(tickets + line, 0)
+        every = tl.zeros([256], tl.int32)
+        for begin in range(0, chunks, PART):
+            part = begin + tl.arange(0, PART)
+            spot = part[:, None] * 256 + bins[None, :]
+            tile = tl.load(
+                tallies + spot, mask=(part < chunks)[:, None], other=0, cache_modifier=".cg"
+            )
+            every += tl.sum(tile, 0)
+        reach = tl.sum(every) - tl.cumsum(every, 0) + every
+        if STEP == 0:
+            missing = _wanted(count, b, head, row, capacity, n_sb, n_sh, n_sr, HAS_COUNT)
+            missing = tl.minimum(missing, tl.sum(every))
+            tl.store(chosen + line, missing)
+        else:
+            missing = tl.load(known + 1)
+        best = tl.sum((reach >= missing).to(tl.int32)) - 1
+        missing -= tl.sum(tl.where(bins > best, every, 0))
+        edge += best.to(tl.uint32) << SHIFT
+        tl.store(known, edge.to(tl.int32, bitcast=True))
+        tl.store(known + 1, missing)
+        if SHIFT == 0:
+            # what the chunks before each one hold
+            over_before = tl.zeros([], tl.int32)
+            tied_before = tl.zeros([], tl.int32)
+            for begin in range(0, chunks, PART):
+                part = begin + tl.arange(0, PART)
+                spot = part[:, None] * 256 + bins[None, :]
+                tile = tl.load(
+                    tallies + spot, mask=(part < chunks)[:, None], other=0, cache_modifier=".cg"
+                )
+                above = tl.load(held + part * 2, mask=part < chunks, other=0, cache_modifier=".cg")
+                above += tl.sum(tl.where((bins > best)[None, :], tile, 0), 1)
+                tied = tl.sum(tl.where((bins == best)[None, :], tile, 0), 1)
+                # the counts are read by all before the first of them is overwritten
+                tl.debug_barrier()
+                ahead = over_before + tl.cumsum(above, 0) - above
+                tl.store(held + part * 2, ahead, mask=part < chunks)
+                ahead = tied_before + tl.cumsum(tied, 0) - tied
+                tl.store(held + part * 2 + 1, ahead, mask=part < chunks)
+                over_before += tl.sum(above)
+                tied_before += tl.sum(tied)
+
+
+@triton.jit(do_not_specialize=["a_s_off", "a_e_off", "b_s_off", "b_e_off", "c_s_off", "c_e_off",
+                               "d_s_off", "d_e_off", "candidates", "capacity",
+                               "state"])  # fmt: skip
+def _write_long(
+    scores, known, held, chosen, count, start, stop, origin, positions, firsts,
+    a_start, a_stop, b_start, b_stop, c_start, c_stop, d_start, d_stop,
+    a_sb, a_sr, a_s_off, a_eb, a_er, a_e_off, b_sb, b_sr, b_s_off, b_eb, b_er, b_e_off,
+    c_sb, c_sr, c_s_off, c_eb, c_er, c_e_off, d_sb, d_sr, d_s_off, d_eb, d_er, d_e_off,
+    candidates, capacity, heads, query_len,
+    n_sb, n_sh, n_sr, s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, r_sb, state, indices,
+    PAGE: tl.constexpr, TAKEN: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_START: tl.constexpr,
+    HAS_STOP: tl.constexpr, HAS_ORIGIN: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(1)
+    chunk = tl.program_id(0)
+    chunks = tl.num_programs(0)
+    row = line % query_len
+    head = (line // query_len) % heads
+    b = line // (query_len * heads)
+    at = chunk * BLOCK + tl.arange(0, BLOCK)
+    code = _candidates(
+        scores, start, stop, origin, positions, firsts, at, line, b, head, row, candidates,
+        a_start, a_stop, b_start, b_stop, c_start, c_stop, d_start, d_stop,
+        a_sb, a_sr, a_s_off, a_eb, a_er, a_e_off, b_sb, b_sr, b_s_off, b_eb, b_er, b_e_off,
+        c_sb, c_sr, c_s_off, c_eb, c_er, c_e_off, d_sb, d_sr, d_s_off, d_eb, d_er, d_e_off,
+        s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, r_sb, state,
+        PAGE, TAKEN, HAS_START, HAS_STOP, HAS_ORIGIN, KIND,
+    )  # fmt: skip
+    edge = tl.load(known + line * 2).to(tl.uint32, bitcast=True)
+    missing = tl.load(known + line * 2 + 1)
+    over_before = tl.load(held + (line * chunks + chunk) * 2)
+    tied_before = tl.load(held + (line * chunks + chunk) * 2 + 1)
     over = code > edge
     level = code == edge
-    packed = over.to(tl.int32) + (level.to(tl.int32) << 16)
-    chunks = tl.num_programs(0)
-    held += line * chunks
-    if STEP == 0:
-        tl.store(held + chunk, tl.sum(packed))
-    else:
-        missing = tl.load(known + 1)
-        every = tl.arange(0, CHUNKS)
-        before = tl.load(held + every, mask=every < chunk, other=0)
-        over_before = tl.sum(before & 0xFFFF)
-        tied_before = tl.sum(before >> 16)
-        running = tl.cumsum(packed, 0)
-        tied = tied_before + (running >> 16)
-        take = over | (level & (tied <= missing))
-        slot = over_before + (running & 0xFFFF) + tl.minimum(tied, missing) - 1
-        indices += line.to(tl.int64) * capacity
-        tl.store(indices + slot, at, mask=take)
-        wanted = tl.load(chosen + line)
-        for begin in range(chunk * SLOTS, capacity, chunks * SLOTS):
-            rest = begin + tl.arange(0, SLOTS)
-            tl.store(indices + rest, -1, mask=(rest >= wanted) & (rest < capacity))
+    running = tl.cumsum(over.to(tl.int32) + (level.to(tl.int32) << 16), 0)
+    tied = tied_before + (running >> 16)
+    take = over | (level & (tied <= missing))
+    slot = over_before + (running & 0xFFFF) + tl.minimum(tied, missing) - 1
+    indices += line.to(tl.int64) * capacity
+    tl.store(indices + slot, at, mask=take)
+    wanted = tl.load(chosen + line)
+    for begin in range(chunk * SLOTS, capacity, chunks * SLOTS):
+        rest = begin + tl.arange(0, SLOTS)
+        tl.store(indices + rest, -1, mask=(rest >= wanted) & (rest < capacity))
 
 
-def limits(tensor: Tensor | None) -> list[int]:
-    """Strides over batch, heads and rows of an optional limit, 0 where it is broadcast."""
-    return [0, 0, 0] if tensor is None else steps(tensor, 0, 1, 2)
+@triton.jit(do_not_specialize=["keys", "state"])
+def _random_scores(
+    scores, positions, firsts, heads, query_len, keys, r_sb, state, BLOCK: tl.constexpr
+):
+    line = tl.program_id(1)
+    row = line % query_len
+    head = (line // query_len) % heads
+    b = line // (query_len * heads)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    level = _drawn(positions, firsts, at, b, head, row, r_sb, state)
+    score = (level.to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    tl.store(scores + line.to(tl.int64) * keys + at, score, mask=at < keys)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Draw:
+    """Random numbers in the place of scores.
+
+    Attributes:
+        state: What they start from; see `sah_core.randomness.Random.state`.
+        positions: Key index of every query row, int32 ``(1, query_len)``.
+        first: First real key per sequence, int32 ``(batch | 1,)``.
+    """
+
+    state: int
+    positions: Tensor
+    first: Tensor
 
 
 def masked_topk(
@@ -270,10 +375,74 @@ def masked_topk(
     taken: Sequence[KeyRange] = (),
     page_size: int = 1,
     origin: Tensor | None = None,
+    levels: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `sah_core.ops.Ops.masked_topk`."""
+    limits = Limits(count, start, stop, taken, page_size, origin)
+    kind, bits = "floats", 32
+    if levels is not None and levels < 1 << 16:
+        # 0 is what is no candidate
+        kind, bits = "levels", 8 if levels < 1 << 8 else 16
     batch, heads, query_len, candidates = scores.shape
-    scores = scores.contiguous()
+    shape = (batch, heads, query_len, candidates)
+    return _select(scores.contiguous(), shape, capacity, limits, kind, bits, None)
+
+
+def random_topk(
+    draw: Draw,
+    shape: tuple[int, int, int, int],
+    capacity: int,
+    *,
+    count: Tensor | None = None,
+    start: Tensor | None = None,
+    stop: Tensor | None = None,
+    taken: Sequence[KeyRange] = (),
+) -> tuple[Tensor, Tensor]:
+    """See `sah_core.ops.Ops.random_topk`; the numbers are made where they are compared, and never
+    written.
+    """
+    limits = Limits(count, start, stop, taken)
+    return _select(draw.first, shape, capacity, limits, "random", 24, draw)
+
+
+def random_scores(draw: Draw, shape: tuple[int, int, int, int]) -> Tensor:
+    """See `sah_core.ops.Ops.random_scores`."""
+    batch, heads, query_len, keys = shape
+    scores = torch.empty(shape, dtype=torch.float32, device=draw.first.device)
+    _random_scores[(-(-keys // 1024), batch * heads * query_len)](
+        scores, draw.positions, draw.first, heads, query_len, keys,
+        steps(draw.first, 0)[0], draw.state, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return scores
+
+
+@attrs.frozen(eq=False)
+class Limits:
+    """What may be chosen; see `sah_core.ops.Ops.masked_topk`."""
+
+    count: Tensor | None = None
+    start: Tensor | None = None
+    stop: Tensor | None = None
+    taken: Sequence[KeyRange] = ()
+    page_size: int = 1
+    origin: Tensor | None = None
+
+
+def _strides(tensor: Tensor | None) -> list[int]:
+    """Strides over batch, heads and rows of an optional limit, 0 where it is broadcast."""
+    return [0, 0, 0] if tensor is None else steps(tensor, 0, 1, 2)
+
+
+def _select(
+    scores: Tensor,
+    shape: tuple[int, int, int, int],
+    capacity: int,
+    limits: Limits,
+    kind: str,
+    bits: int,
+    draw: Draw | None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, query_len, candidates = shape
     device = scores.device
     lines = batch * heads * query_len
     indices = torch.empty((batch, heads, query_len, capacity), dtype=torch.int32, device=device)
@@ -281,46 +450,54 @@ def masked_topk(
     pointers: list[Tensor] = []
     numbers: list[int] = []
     for index in range(MAX_TAKEN):
-        if index >= len(taken):
+        if index >= len(limits.taken):
             pointers += [chosen, chosen]
             numbers += [0] * 6
             continue
-        part = taken[index]
+        part = limits.taken[index]
         pointers += [part.start_base, part.stop_base]
         numbers += [*steps(part.start_base, 0, 2), part.start_offset]
         numbers += [*steps(part.stop_base, 0, 2), part.stop_offset]
+    count, start, stop, origin = limits.count, limits.start, limits.stop, limits.origin
     optional = [chosen if t is None else t for t in (count, start, stop, origin)]
+    optional += [chosen, chosen] if draw is None else [draw.positions, draw.first]
     tail = [
-        *pointers, *numbers, candidates, capacity, heads, query_len,
-        *limits(count), *limits(start), *limits(stop),
+        *optional, *pointers, *numbers, candidates, capacity, heads, query_len,
+        *_strides(count), *_strides(start), *_strides(stop),
         0 if origin is None else steps(origin, 0)[0],
+        0 if draw is None else steps(draw.first, 0)[0],
+        0 if draw is None else draw.state,
     ]  # fmt: skip
     facts = {
-        "PAGE": page_size,
-        "TAKEN": len(taken),
+        "PAGE": limits.page_size,
+        "TAKEN": len(limits.taken),
         "HAS_COUNT": count is not None,
         "HAS_START": start is not None,
         "HAS_STOP": stop is not None,
         "HAS_ORIGIN": origin is not None,
+        "KIND": kind,
     }
     slots = min(1024, max(16, triton.next_power_of_2(capacity)))
     if candidates <= SHORT:
         block = max(16, triton.next_power_of_2(candidates))
         warps = min(8, max(1, block // 256))
         _select_short[(lines,)](
-            scores, indices, chosen, *optional, *tail, **facts,
-            BLOCK=block, SLOTS=slots, num_warps=warps,
-        )  # fmt: skip
+            scores, indices, chosen, *tail, **facts, BLOCK=block, SLOTS=slots, num_warps=warps
+        )
         return indices, chosen
     chunks = -(-candidates // CHUNK)
-    scratch = torch.zeros(lines * WORDS, dtype=torch.int32, device=device)
-    held = torch.empty(lines * chunks, dtype=torch.int32, device=device)
-    facts |= {"BLOCK": CHUNK, "WORDS": WORDS, "num_warps": 8}
-    for step in range(4):
-        _narrow[(chunks, lines)](scores, scratch, chosen, *optional, *tail, **facts, STEP=step)
-    for step in range(2):
-        _write_long[(chunks, lines)](
-            scores, scratch, chosen, *optional, *tail, indices, held, **facts,
-            STEP=step, CHUNKS=triton.next_power_of_2(chunks), SLOTS=slots,
+    room = torch.empty(lines * (chunks * 258 + 2), dtype=torch.int32, device=device)
+    tallies, rest = room[: lines * chunks * 256], room[lines * chunks * 256 :]
+    held, known = rest[: lines * chunks * 2], rest[lines * chunks * 2 :]
+    tickets = TICKETS.take(lines, device)
+    facts |= {"BITS": bits, "BLOCK": CHUNK}
+    part = min(PART, triton.next_power_of_2(chunks))
+    for step in range(bits // 8):
+        _narrow[(chunks, lines)](
+            scores, known, tallies, held, tickets, chosen, *tail, **facts,
+            STEP=step, PART=part, FEW=FEW, num_warps=8,
         )  # fmt: skip
+    _write_long[(chunks, lines)](
+        scores, known, held, chosen, *tail, indices, **facts, SLOTS=slots, num_warps=16
+    )
     return indices, chosen

@@ -30,7 +30,7 @@ from sah_core.state import LayerInfo
 
 from .pickled import PickleConversion
 from .training import HashTraining, random_functions
-from .weights import HashFunctions, apply_mlp, read_weights, write_weights
+from .weights import HashFunctions, read_weights, write_weights
 
 HIDDEN_BYTES = 64 * 2**20
 """Hidden values of the MLPs held at once: more keys than fit are hashed in pieces."""
@@ -71,7 +71,7 @@ class Signatures:
     def hashed(self, key: Tensor) -> Tensor:
         """Signatures of keys ``(batch, kv_heads, count, head_dim)``."""
         rows = key.float().repeat_interleave(self.functions.key_heads // key.shape[1], dim=1)
-        return self.ops.pack_signs(apply_mlp(self.functions.key, rows))
+        return self.ops.signatures(rows, self.functions.key)
 
     def reserve(self, keys: int) -> None:
         """Make sure that so many keys fit, copying at most once per doubling."""
@@ -153,16 +153,17 @@ class HashAttention(Masker):
         words = state.words[:, :, : inputs.capacity]
 
         def score(part: Inputs) -> Tensor:
-            hashed = apply_mlp(state.functions.query, part.query.float())
             return inputs.ops.hamming_scores(
-                inputs.ops.pack_signs(hashed),
+                inputs.ops.signatures(part.query, state.functions.query),
                 words,
                 self.hat_bits,
                 inputs.kv_heads,
                 self.group_reduction,
             )
 
-        return add_best(inputs, previous, self.heavy_size, score)
+        levels = self.hat_bits * (inputs.group if self.group_reduction == "sum" else 1) + 1
+        whole = self.group_reduction != "mean"
+        return add_best(inputs, previous, self.heavy_size, score, levels=levels if whole else None)
 
     def bytes_read(self, inputs: Inputs) -> int:
         """The signature of every key, and the weights that hash the query."""

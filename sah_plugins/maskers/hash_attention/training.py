@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sah_core import Inputs, Size, param
 from sah_core.artifacts import Material, ModelTool, Progress, watch_attention
-from sah_core.ops import REFERENCE
+from sah_core.ops import REFERENCE, apply_mlp
 from sah_plugins.artifacts.texts import token_windows
 
-from .weights import HashFunctions, Linear, apply_mlp, write_weights
+from .weights import HashFunctions, Linear, write_weights
 
 HELD_OUT = 0.1
 """Share of the text, at its end, that is kept from training and measures the result."""

@@ -36,15 +36,6 @@ Linear = tuple[Tensor, Tensor]
 """Weight ``(heads, inputs, outputs)`` and bias ``(heads, 1, outputs)``."""
 
 
-def apply_mlp(mlp: Sequence[Linear], rows: Tensor) -> Tensor:
-    """Send rows ``(..., heads, count, head_dim)`` through the MLP of each head."""
-    for index, (weight, bias) in enumerate(mlp):
-        if index:
-            rows = torch.nn.functional.silu(rows)
-        rows = torch.matmul(rows, weight) + bias
-    return rows
-
-
 @attrs.frozen(eq=False)
 class HashFunctions:
     """The hash functions of one layer.
