@@ -85,8 +85,8 @@ class MaskerSpec:
             plugin is asked; its result is the result.
 
         Raises:
-            BrokenPluginError: by the registry, if the hook is missing, raises, returns None, or
-                returns a class with another name.
+            BrokenPluginError: by the registry, if the hook is missing, raises, returns what is no
+                subclass of `Masker`, or returns a class with another name.
 
         Example:
             @hookimpl
@@ -138,8 +138,8 @@ class BackendSpec:
             Exactly one plugin is asked; its result is the result.
 
         Raises:
-            BrokenPluginError: by the registry, if the hook is missing, raises, returns None, or
-                returns a class with another name.
+            BrokenPluginError: by the registry, if the hook is missing, raises, returns what is no
+                subclass of `Backend`, or returns a class with another name.
 
         Example:
             @hookimpl
@@ -164,8 +164,8 @@ class BenchmarkSpec:
             one plugin is asked; its result is the result.
 
         Raises:
-            BrokenPluginError: by the registry, if the hook is missing, raises, returns None, or
-                returns a class with another name.
+            BrokenPluginError: by the registry, if the hook is missing, raises, returns what is no
+                subclass of `Benchmark`, or returns a class with another name.
 
         Example:
             @hookimpl

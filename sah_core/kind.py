@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import re
 import time
@@ -103,6 +104,7 @@ class Kind(Generic[T]):
         singular: str,
         spec: type,
         find: Callable[[str], list[importlib.metadata.EntryPoint]],
+        base: str = "",
     ) -> None:
         self.singular = singular
         self.plural = f"{singular}s"
@@ -110,6 +112,7 @@ class Kind(Generic[T]):
         self.hook = f"{hookspecs.PROJECT}_{singular}"
         self._spec = spec
         self._find = find
+        self._base = base
         self._known: dict[str, list[_Plugin]] | None = None
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(spec)
@@ -199,6 +202,22 @@ class Kind(Generic[T]):
             except BrokenPluginError:
                 continue
         return name
+
+    def misfit(self, value: object) -> str:
+        """Why what a hook returned is no plugin of this kind; empty if it is one."""
+        if value is None:
+            return f"its hook {self.hook} returned None"
+        if not self._base:
+            return ""
+        module, _, name = self._base.rpartition(".")
+        base = getattr(importlib.import_module(module), name)
+        if not isinstance(value, type):
+            return f"its hook {self.hook} returned an instance of {type(value).__name__}, no class"
+        if not issubclass(value, base):
+            return f"its hook {self.hook} returned {value.__name__}, no subclass of {name}"
+        if not isinstance(getattr(value, "name", None), str):
+            return f"its class {value.__name__} has no name: set 'name' to the registered name"
+        return ""
 
     def register(
         self,
@@ -353,8 +372,9 @@ class Kind(Generic[T]):
             raise _Unfit(f"it does not implement the hook {self.hook}")
         others = [other for other in self._manager.get_plugins() if other is not loaded]
         value = self._manager.subset_hook_caller(self.hook, others)()
-        if value is None:
-            raise _Unfit(f"its hook {self.hook} returned None")
+        misfit = self.misfit(value)
+        if misfit:
+            raise _Unfit(misfit)
         own_name = getattr(value, "name", None)
         if isinstance(own_name, str) and own_name != plugin.entry.name:
             raise _Unfit(f"its class is named {own_name!r}: name it as it is registered")

@@ -78,7 +78,7 @@ def _plugins(
     for name in marked:
         if name not in hooks:
             nearest = nearest_names(name, hooks)
-            hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
             raise PluginFileError(str(path), f"it implements the unknown hook {name!r}{hint}")
     if not marked:
         bare = [name for name in hooks if hasattr(module, name)]
@@ -91,8 +91,9 @@ def _plugins(
         except Exception as error:  # foreign code raises what it likes
             text = one_line(f"{type(error).__name__}: {error}")
             raise PluginFileError(str(path), f"its hook {name} fails: {text}") from error
-        if value is None:
-            raise PluginFileError(str(path), f"its hook {name} returned None")
+        misfit = hooks[name].misfit(value)
+        if misfit:
+            raise PluginFileError(str(path), misfit)
         own = getattr(value, "name", None)
         carrier = Carrier(name, getattr(module, name))
         plugins.append((hooks[name], own if isinstance(own, str) else _name_of(path), carrier))

@@ -61,10 +61,16 @@ class Registry:
     def __init__(self) -> None:
         self._points: importlib.metadata.EntryPoints | None = None
         self._files: dict[Path, tuple[PluginEntry, ...]] = {}
-        self.maskers: Kind[type[Masker]] = self._kind("masker", hookspecs.MaskerSpec)
+        self.maskers: Kind[type[Masker]] = self._kind(
+            "masker", hookspecs.MaskerSpec, "sah_core.masker.Masker"
+        )
         self.adapters: Kind[type[Any]] = self._kind("adapter", hookspecs.AdapterSpec)
-        self.backends: Kind[type[Backend]] = self._kind("backend", hookspecs.BackendSpec)
-        self.benchmarks: Kind[type[Benchmark]] = self._kind("benchmark", hookspecs.BenchmarkSpec)
+        self.backends: Kind[type[Backend]] = self._kind(
+            "backend", hookspecs.BackendSpec, "sah_core.backend.Backend"
+        )
+        self.benchmarks: Kind[type[Benchmark]] = self._kind(
+            "benchmark", hookspecs.BenchmarkSpec, "sah_core.benchmark.Benchmark"
+        )
         self.scorers: Kind[Mapping[str, Scorer]] = self._kind("scorer", hookspecs.ScorerSpec)
         self.metrics: Kind[type[Any]] = self._kind("metric", hookspecs.MetricSpec)
         self.models: Kind[Callable[[], Any]] = self._kind("model", hookspecs.ModelSpec)
@@ -154,8 +160,8 @@ class Registry:
         broken = [entry for entry in checked if entry.state in ("broken", "incompatible")]
         return (*broken, *marked)
 
-    def _kind(self, singular: str, spec: type) -> Kind[Any]:
-        return Kind(singular, spec, self._find)
+    def _kind(self, singular: str, spec: type, base: str = "") -> Kind[Any]:
+        return Kind(singular, spec, self._find, base)
 
     def _find(self, group: str) -> list[importlib.metadata.EntryPoint]:
         if self._points is None:

@@ -20,14 +20,16 @@ from sah_core.errors import (
     UnknownPluginError,
 )
 from sah_core.hookspecs import hookimpl
+from sah_core.masker import Masker
 from sah_core.registry import Registry
 
 pytestmark = pytest.mark.unit
 
 GOOD = """
     from sah_core.hookspecs import hookimpl
+    from sah_core.masker import Masker
 
-    class Zigzag:
+    class Zigzag(Masker):
         name = "zigzag"
 
     @hookimpl
@@ -60,7 +62,7 @@ def install(tmp_path, monkeypatch):
         sys.modules.pop(module, None)
 
 
-class Quest:
+class Quest(Masker):
     name = "quest-of-tests"
 
 
@@ -91,16 +93,20 @@ class TestDiscovery:
     def test_an_entry_point_may_name_an_instance(self, install):
         source = """
             from sah_core.hookspecs import hookimpl
+            from sah_core.masker import Masker
+
+            class ByObject(Masker):
+                name = "by-object"
 
             class Plugin:
                 @hookimpl
                 def sah_masker(self):
-                    return dict
+                    return ByObject
 
             plugin = Plugin()
         """
         install("obj-pkg", {"by-object": "fake_object:plugin"}, {"fake_object": source})
-        assert Registry().maskers["by-object"] is dict
+        assert Registry().maskers["by-object"].__name__ == "ByObject"
 
     def test_kinds_are_separate(self, install):
         install("zig-pkg", {"zigzag": "fake_zigzag"}, {"fake_zigzag": GOOD})
@@ -165,6 +171,18 @@ class TestBrokenPlugins:
         "returns-none": (
             "from sah_core.hookspecs import hookimpl\n@hookimpl\ndef sah_masker(): return None",
             "returned None",
+        ),
+        "returns-instance": (
+            GOOD.replace("return Zigzag", "return Zigzag()"),
+            "its hook sah_masker returned an instance of Zigzag, no class",
+        ),
+        "returns-other-class": (
+            GOOD.replace("(Masker)", ""),
+            "its hook sah_masker returned Zigzag, no subclass of Masker",
+        ),
+        "no-name": (
+            GOOD.replace('name = "zigzag"', "pass"),
+            "its class Zigzag has no name: set 'name' to the registered name",
         ),
         "other-name": (GOOD, "its class is named 'zigzag'"),
         "wrong-arguments": (
@@ -473,7 +491,7 @@ class TestFiles:
         "no mark": ("def sah_masker(): return int", "sah_masker lacks @hookimpl"),
         "misspelt": (
             "from sah_core import hookimpl\n@hookimpl\ndef sah_maskr(): return int",
-            "unknown hook 'sah_maskr', did you mean 'sah_masker'?",
+            "unknown hook 'sah_maskr' (did you mean 'sah_masker'?)",
         ),
         "fails": (
             "from sah_core import hookimpl\n@hookimpl\ndef sah_masker(): return 1 / 0",
@@ -482,6 +500,10 @@ class TestFiles:
         "none": (
             "from sah_core import hookimpl\n@hookimpl\ndef sah_masker(): return None",
             "its hook sah_masker returned None",
+        ),
+        "no masker": (
+            "from sah_core import hookimpl\n@hookimpl\ndef sah_masker(): return int",
+            "its hook sah_masker returned int, no subclass of Masker",
         ),
         "bad name": (GOOD.replace('"zigzag"', '"Zig Zag"'), "'Zig Zag' is no plugin name"),
     }
@@ -511,11 +533,12 @@ class TestFiles:
         install("zig-pkg", {"zigzag": "fake_zigzag"}, {"fake_zigzag": GOOD})
         source = """
             from sah_core.hookspecs import hookimpl
+            from sah_core.masker import Masker
 
             class Seen:
                 name = "seen"
 
-            class Zigzag:
+            class Zigzag(Masker):
                 name = "zigzag"
 
             @hookimpl
