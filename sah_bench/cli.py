@@ -48,7 +48,8 @@ class BadUsage(click.ClickException):
     def __init__(self, error: click.UsageError) -> None:
         message = " ".join(error.format_message().split()).rstrip(".")
         command = error.ctx.command_path if error.ctx else "sah-bench"
-        super().__init__(f"{message}. see '{command} --help'.")
+        stop = "" if message.endswith("?") else "."
+        super().__init__(f"{message}{stop} see '{command} --help'.")
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the line."""

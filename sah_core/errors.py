@@ -448,15 +448,17 @@ class ContextTooLongError(SahError, ValueError):
     what: str
 
     def __str__(self) -> str:
-        found = (
-            f"the context is too long: {self.tokens} tokens, but {self.what} allows {self.limit}"
-        )
         if self.what == "max_context_length":
             return (
-                f"{found} and truncation is 'none'. raise max_context_length, or let truncation be "
-                "'middle' or 'head'."
+                f"the context is too long: {self.tokens} tokens, but max_context_length allows "
+                f"{self.limit} and truncation is 'none'. raise max_context_length, or let "
+                "truncation be 'middle' or 'head'."
             )
-        return f"{found}. shorten it, or set max_context_length with truncation='middle'."
+        return (
+            f"the prompt is too long: {self.tokens} tokens, but {self.what} allows {self.limit}. "
+            "shorten the question, or cut the context with a max_context_length and "
+            "truncation='middle'."
+        )
 
 
 @attrs.define

@@ -16,7 +16,13 @@ import attrs
 import click
 
 from sah_core import registry
-from sah_core.errors import PluginFileError, UnknownPluginError, nearest_names, one_line
+from sah_core.errors import (
+    PluginFileError,
+    SahError,
+    UnknownPluginError,
+    nearest_names,
+    one_line,
+)
 from sah_core.registry import Kind, PluginEntry
 
 from ..options import debug_option, plugin_option
@@ -183,7 +189,14 @@ def _kind(name: str) -> Kind[Any]:
 
 
 def _knows(kind: Kind[Any], name: str) -> bool:
-    return any(name in (entry.name, entry.id) for entry in kind.entries())
+    """Whether a plugin of the kind has the name, usable or not."""
+    try:
+        kind.entry(name)
+    except UnknownPluginError:
+        return False
+    except SahError:
+        return True
+    return True
 
 
 def _checked(entry: PluginEntry) -> PluginEntry:

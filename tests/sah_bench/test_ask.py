@@ -124,7 +124,7 @@ def test_a_pipeline_that_fails_leaves_the_others(fakes):
         (["--max-new-tokens", "0"], {}, "0 is not in the range x>=1"),
         (["--truncation", "tail"], {}, "'tail' is not one of 'none', 'middle', 'head'"),
         (["--model", "missing"], {}, "model 'missing' not found"),
-        (["--text", "too long"], {"text": ()}, "the context is too long: 9000 tokens"),
+        (["--text", "too long"], {"text": ()}, "the prompt is too long: 9000 tokens"),
     ],
 )
 def test_bad_input_is_one_line(fakes, tmp_path, monkeypatch, arguments, options, message):

@@ -80,6 +80,10 @@ def test_unknown_option_exits_with_2():
             ["run", "--limit", "x"],
             "error: Invalid value for '--limit': 'x' is not a valid integer.",
         ),
+        (
+            ["plugins", "--plugins"],
+            "error: No such option '--plugins'. Did you mean '--plugin'? see '",
+        ),
         (["plugins", "show"], "error: Missing argument 'NAME'. see '"),
     ],
 )
@@ -353,6 +357,11 @@ def test_show_prints_json_with_a_schema():
 def test_show_takes_the_kind_where_a_name_is_of_several(fakes):
     assert invoke("plugins", "show", "quiz", "--kind", "benchmark").exit_code == 0
     assert invoke("plugins", "show", "quiz", "--kind", "maskers").exit_code == 2
+
+
+def test_show_takes_a_distribution_in_any_spelling():
+    facts = json.loads(invoke("plugins", "show", "Sparse_Attention_Hub:sink", "--json").output)
+    assert facts["id"] == "sparse-attention-hub:sink"
 
 
 def test_env_names_versions_devices_and_models():

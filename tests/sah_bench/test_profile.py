@@ -343,7 +343,7 @@ def test_a_model_shape_has_random_weights(monkeypatch):
 def test_a_context_beyond_the_model_is_refused(model_folder):
     result = invoke("--model", str(model_folder), "--pipeline", ENDS, "--context", "4096")
     assert result.exit_code == 2
-    assert "the context is too long: " in result.stderr
+    assert "the prompt is too long: " in result.stderr
 
 
 def test_captured_steps_come_from_the_adapter(monkeypatch, model_folder):

@@ -404,7 +404,7 @@ def test_examples_that_cannot_be_made_fail_their_task_only(experiment):
 def test_bad_input_of_a_task_is_no_fault(experiment, fakes):
     results = run(experiment(tasks=["long"]))
     assert exit_code(results) == 2
-    assert all(result.message.startswith("the context is too long") for result in results)
+    assert all(result.message.startswith("the prompt is too long") for result in results)
     assert len(calls(fakes, "prefill")) == 1
     fakes.FakeAdapter.calls.clear()
     run(experiment(tasks=["long"]))
@@ -588,7 +588,7 @@ def test_command_exits_with_2_and_one_line_for_bad_input(fakes, tmp_path):
     options = ["--pipeline", "dense", "--pipeline", "sink(1)", "--no-progress"]
     result = CliRunner().invoke(main, arguments(tmp_path / "r", *options, task="long"))
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: the context is too long: 9000 tokens")
+    assert result.stderr.startswith("error: the prompt is too long: 9000 tokens")
     assert result.stderr.count("\n") == 1
 
 
