@@ -195,6 +195,25 @@ class Ops(CodeOps):
         keys = torch.arange(key_len, device=first.device) - first.view(-1, 1)
         return random.uniform(heads, rows, keys[:, None, None, :], draw)
 
+    def row_numbers(
+        self, random: Random, heads: int, query_position: Tensor, first: Tensor, *, draw: int = 0
+    ) -> Tensor:
+        """A uniform random number for every query row.
+
+        Args:
+            random: Random numbers of a step and layer.
+            heads: Query heads.
+            query_position: Key index of every query row, int32 ``(1, query_len)``.
+            first: First real key per sequence, int32 ``(batch | 1,)``; positions count from it.
+            draw: Distinguishes several numbers at one place.
+
+        Returns:
+            float32 ``(batch | 1, heads, query_len, 1)`` in (0, 1): the number of key position 0.
+        """
+        rows = query_position - first.view(-1, 1)
+        place = torch.zeros((1, 1, 1, 1), dtype=torch.int32, device=first.device)
+        return random.uniform(heads, rows, place, draw)
+
     def random_topk(
         self,
         random: Random,

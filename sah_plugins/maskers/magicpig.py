@@ -244,9 +244,8 @@ class MagicPig(Masker):
         chosen &= position < allowed.stop.unsqueeze(-1)
         if allowed.keep is not None:
             chosen &= allowed.keep
-        place = inputs.query_position - allowed.first.view(-1, 1)
-        draw = inputs.random.uniform(
-            inputs.heads, place, position[:1].view(1, 1, 1, 1), OVERFLOW_DRAW
+        draw = ops.row_numbers(
+            inputs.random, inputs.heads, inputs.query_position, allowed.first, draw=OVERFLOW_DRAW
         )
         draw = draw.expand(inputs.batch, -1, -1, -1)
         indices, kept, found = ops.pick(chosen, capacity, limit, draw)

@@ -21,7 +21,7 @@ pytestmark = [
 
 
 PACKAGE = "sah_plugins.backends.triton"
-KERNELS = ("attention", "topk", "pages", "labels", "queries", "ops")
+KERNELS = ("attention", "topk", "pages", "labels", "queries", "gathered", "buckets", "ops")
 
 
 def is_of_triton(name):
@@ -301,6 +301,8 @@ def test_random_choices_are_those_of_the_reference(ops, monkeypatch, length):
     place = (random, 2, inputs.query_position, 300, allowed.first)
     drawn = ops.random_scores(*place, draw=1)
     assert torch.equal(drawn, REFERENCE.random_scores(*place, draw=1))
+    row = (random, 2, inputs.query_position, allowed.first)
+    assert torch.equal(ops.row_numbers(*row, draw=3), REFERENCE.row_numbers(*row, draw=3))
     count = torch.tensor([5, 20], dtype=torch.int32).view(2, 1, 1)
     limits = {"count": count, "start": allowed.start, "stop": allowed.stop}
     limits["taken"] = [KeyRange(allowed.start, allowed.start, 4, 0, 4)]
@@ -428,3 +430,56 @@ def test_signatures_are_those_of_the_reference(ops, widths):
     assert torch.equal(ops.signatures(rows, layers), REFERENCE.signatures(rows, layers))
     half = rows.to(torch.bfloat16)
     assert torch.equal(ops.signatures(half, layers), REFERENCE.signatures(half, layers))
+
+
+@pytest.mark.parametrize("selections", [1, 2, 4])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_logits_and_cosines_of_chosen_keys_are_those_of_the_reference(ops, selections, softcap):
+    inputs = call(batch=2, dim=24, key_len=90)
+    indices = torch.stack([torch.randperm(90)[:70] for _ in range(2 * selections)])
+    indices = indices.view(2, selections, 1, 70).to(torch.int32)
+    indices[1, 0, 0, :9] = -1
+    place = (inputs.query, inputs.key, indices)
+    right = REFERENCE.logits_at(*place, 0.3, softcap)
+    torch.testing.assert_close(ops.logits_at(*place, 0.3, softcap), right)
+    if selections == 4:
+        inputs.key[0, 0, 3] = 0.0
+        for center in (None, torch.randn(2, 2, 24)):
+            right = REFERENCE.cosines(*place, center).masked_fill(indices < 0, 0.0)
+            got = ops.cosines(*place, center).masked_fill(indices < 0, 0.0)
+            torch.testing.assert_close(got, right, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_hash_codes_are_those_of_the_reference(ops, centred):
+    torch.manual_seed(0)
+    vectors, planes = torch.randn(2, 3, 2, 24), torch.randn(10, 37, 24)
+    center = torch.randn(2, 3, 24) if centred else None
+    right = REFERENCE.lsh_codes(vectors, planes, center)
+    assert torch.equal(ops.lsh_codes(vectors, planes, center), right)
+
+
+@pytest.mark.parametrize(("heads", "tables", "query_len"), [(4, 8, 1), (6, 300, 1), (2, 7, 3)])
+def test_collisions_are_counted_like_the_reference(ops, heads, tables, query_len):
+    torch.manual_seed(0)
+    query = torch.randint(3, (2, heads, tables, query_len), dtype=torch.int16)
+    key = torch.randint(3, (2, 2, tables, 80), dtype=torch.int16)[..., :70]
+    key[0, 0, :, 5] = query[0, 0, :, 0]
+    got, right = ops.collisions(query, key), REFERENCE.collisions(query, key)
+    assert got.dtype == right.dtype
+    assert torch.equal(got, right)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_what_was_found_is_picked_like_the_reference(ops, monkeypatch, limited):
+    monkeypatch.setattr(sys.modules["sah_plugins.backends.triton.buckets"], "CHUNK", 64)
+    torch.manual_seed(0)
+    chosen = torch.rand(2, 2, 2, 150) < torch.tensor([0.1, 0.9]).view(2, 1, 1, 1)
+    chosen[0, 0, 0] = False
+    draw = torch.rand(2, 2, 2, 1)
+    limit = torch.tensor([30, 17], dtype=torch.int32).view(2, 1, 1) if limited else None
+    got, right = ops.pick(chosen, 31, limit, draw), REFERENCE.pick(chosen, 31, limit, draw)
+    pad = 31 - right[0].shape[3]
+    assert torch.equal(got[0], torch.nn.functional.pad(right[0], (0, pad), value=-1))
+    assert torch.equal(got[1], right[1])
+    assert torch.equal(got[2], right[2])

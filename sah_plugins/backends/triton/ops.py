@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sah_core.code_ops import code_dtype
 from sah_core.mask import KeyRange
 from sah_core.ops import Ops, channels_of, code_width
 from sah_core.randomness import Random
 
+from . import buckets, gathered, pages, queries, topk
 from . import labels as codes
-from . import pages, queries, topk
 from .backend import DTYPES, is_interpreted
 
 ROWS = 16
@@ -85,6 +86,15 @@ class TritonOps(Ops):
         numbers = topk.Draw(state=random.state(draw), positions=query_position, first=first)
         shape = (first.shape[0], heads, query_position.shape[1], key_len)
         return topk.random_scores(numbers, shape)
+
+    def row_numbers(
+        self, random: Random, heads: int, query_position: Tensor, first: Tensor, *, draw: int = 0
+    ) -> Tensor:
+        """The same bits in one launch."""
+        if not (first.is_cuda or is_interpreted()) or not query_position.numel():
+            return super().row_numbers(random, heads, query_position, first, draw=draw)
+        numbers = topk.Draw(state=random.state(draw), positions=query_position, first=first)
+        return topk.row_numbers(numbers, heads)
 
     def random_topk(
         self,
@@ -221,3 +231,51 @@ class TritonOps(Ops):
         if not (key.is_cuda or is_interpreted()) or not query.shape[2]:
             return super().hamming_scores(query, key, bits, kv_heads, reduction)
         return codes.hamming_scores(query, key, bits, kv_heads, reduction)
+
+    def logits_at(
+        self,
+        query: Tensor,
+        key: Tensor,
+        indices: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Chosen keys are read where they lie."""
+        if not takes(query, key) or max(query.shape[3], 16 * query.shape[2]) > 256:
+            return super().logits_at(query, key, indices, scaling, softcap)
+        return gathered.gathered(query, key, indices, scaling=scaling, softcap=softcap)
+
+    def cosines(
+        self, query: Tensor, key: Tensor, indices: Tensor, center: Tensor | None = None
+    ) -> Tensor:
+        """Chosen keys are read where they lie."""
+        if not takes(query, key) or query.shape[3] > 256:
+            return super().cosines(query, key, indices, center)
+        return gathered.gathered(query, key, indices, cosine=True, center=center)
+
+    def lsh_codes(self, vectors: Tensor, planes: Tensor, center: Tensor | None = None) -> Tensor:
+        """One launch for few vectors; many are a matrix product."""
+        if (
+            not takes(vectors)
+            or vectors.shape[2] > ROWS
+            or vectors.shape[3] > 256
+            or not vectors.numel()
+        ):
+            return super().lsh_codes(vectors, planes, center)
+        return buckets.lsh_codes(vectors, planes, code_dtype(planes.shape[0]), center)
+
+    def collisions(self, query_codes: Tensor, key_codes: Tensor) -> Tensor:
+        """Codes read once for the query heads of a group, matches counted in registers."""
+        on_device = key_codes.is_cuda or is_interpreted()
+        keys, step = key_codes.shape[3], key_codes.stride(3)
+        if not on_device or step != 1 or not keys * query_codes.numel():
+            return super().collisions(query_codes, key_codes)
+        return buckets.collisions(query_codes, key_codes)
+
+    def pick(
+        self, chosen: Tensor, capacity: int, limit: Tensor | None, draw: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Two launches: what each chunk of keys holds, and where it goes."""
+        if not (chosen.is_cuda or is_interpreted()) or not chosen.numel():
+            return super().pick(chosen, capacity, limit, draw)
+        return buckets.pick(chosen, capacity, limit, draw)

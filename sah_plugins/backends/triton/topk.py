@@ -336,6 +336,21 @@ def _write_long(
         tl.store(indices + rest, -1, mask=(rest >= wanted) & (rest < capacity))
 
 
+@triton.jit(do_not_specialize=["state"])
+def _row_numbers(
+    numbers, positions, firsts, heads, query_len, lines, r_sb, state, BLOCK: tl.constexpr
+):
+    line = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = line < lines
+    row = line % query_len
+    first = tl.load(firsts + (line // (query_len * heads)) * r_sb, mask=inside, other=0)
+    place = tl.load(positions + row, mask=inside, other=0).to(tl.int64) - first
+    bits = _mixed(tl.cast(state, tl.int64).to(tl.uint64, bitcast=True), (line // query_len) % heads)
+    bits = _mixed(_mixed(bits, place), tl.zeros_like(place))
+    number = ((bits >> 41).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    tl.store(numbers + line, number, mask=inside)
+
+
 @triton.jit(do_not_specialize=["keys", "state"])
 def _random_scores(
     scores, positions, firsts, heads, query_len, keys, r_sb, state, BLOCK: tl.constexpr
@@ -414,6 +429,18 @@ def random_scores(draw: Draw, shape: tuple[int, int, int, int]) -> Tensor:
         steps(draw.first, 0)[0], draw.state, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return scores
+
+
+def row_numbers(draw: Draw, heads: int) -> Tensor:
+    """See `sah_core.ops.Ops.row_numbers`."""
+    shape = (draw.first.shape[0], heads, draw.positions.shape[1], 1)
+    numbers = torch.empty(shape, dtype=torch.float32, device=draw.first.device)
+    lines = numbers.numel()
+    _row_numbers[(-(-lines // 128),)](
+        numbers, draw.positions, draw.first, heads, shape[2], lines, steps(draw.first, 0)[0],
+        draw.state, BLOCK=128, num_warps=4,
+    )  # fmt: skip
+    return numbers
 
 
 @attrs.frozen(eq=False)
