@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sah_core.allowed import Allowed
 from sah_core.code_ops import CodeOps
-from sah_core.mask import KeyRange, spread_heads
+from sah_core.mask import KeyRange, Mask, ranges_length, spread_heads
 from sah_core.randomness import Random
 
 GROUP_REDUCTIONS = ("none", "sum", "mean", "max")
@@ -289,6 +290,68 @@ class Ops(CodeOps):
                 scores = torch.tanh(scores / softcap) * softcap
             scores = scores.view(batch, heads, 1, count)
         return scores.masked_fill(spread_heads(indices, heads) < 0, float("-inf"))
+
+    def residual_count(self, ranges: Sequence[KeyRange], allowed: Allowed) -> Tensor:
+        """Allowed keys per row that lie in none of some ranges.
+
+        Args:
+            ranges: At least one.
+            allowed: What may be attended, an interval per row (no ``keep``).
+
+        Returns:
+            int64 ``(batch | 1, 1, query_len | 1)``.
+        """
+        return allowed.counts - ranges_length(ranges, allowed)
+
+    def range_entries(self, ranges: Sequence[KeyRange], allowed: Allowed, key_len: int) -> Tensor:
+        """The allowed keys of some ranges, each once.
+
+        Args:
+            ranges: At least one.
+            allowed: What may be attended, an interval per row (no ``keep``).
+            key_len: Keys in the buffer.
+
+        Returns:
+            int32 ``(batch | 1, 1, query_len | 1, count)``, -1 where an entry holds no key.
+        """
+        return Mask((1, 1, 1, key_len), tuple(ranges)).entries(allowed)[0]
+
+    def weight_moments(
+        self,
+        drawn: Tensor,
+        sure: Tensor,
+        chance: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Sums over attention weights, of some keys of each row and of a sample of the others.
+
+        Weights are ``e^(logit - top)``, with the greatest of all logits of the row as ``top``, so
+        that none overflows; sums are in float64.
+
+        Args:
+            drawn: Logits of the sample, float32 ``(batch, heads, query_len, count)``; -inf is none.
+            sure: Logits of the other keys, likewise with a count of their own.
+            chance: By what weights of ``sure`` are divided, float32, broadcastable to it; None = 1.
+            sinks: Learned sink logit per head, float ``(heads,)``, which joins ``sure``; or None.
+
+        Returns:
+            ``top``, float32 ``(batch, heads, query_len, 1)``, and four sums, float64 ``(4, batch,
+            heads, query_len)``: of the weights of ``sure``; of those of ``drawn``; of the squares
+            and of the fourth powers of what the latter are from their mean.
+        """
+        top = torch.cat([drawn, sure], -1).amax(-1, keepdim=True)
+        if sinks is not None:
+            top = torch.maximum(top, sinks.float().view(1, -1, 1, 1))
+        top = top.clamp(min=torch.finfo(torch.float32).min)
+        weights, kept = (drawn - top).exp().double(), (sure - top).exp()
+        held = (kept if chance is None else kept / chance).double().sum(-1)
+        if sinks is not None:
+            held = held + (sinks.double().view(1, -1, 1) - top.squeeze(-1).double()).exp()
+        there = drawn > float("-inf")
+        total = weights.sum(-1)
+        mean = total / there.sum(-1).clamp(min=1)
+        square = torch.where(there, weights - mean.unsqueeze(-1), 0.0).square()
+        return top, torch.stack([held, total, square.sum(-1), square.square().sum(-1)])
 
     def moments_at(self, value: Tensor, indices: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """First and second moment of weighted values at chosen keys.

@@ -149,13 +149,29 @@ def residual_scores(scores: Tensor, inputs: Inputs, previous: Mask) -> Tensor:
     return scores
 
 
-def residual_count(previous: Mask, allowed: Allowed) -> Tensor:
+def _is_ranges(previous: Mask, allowed: Allowed) -> bool:
+    """Whether ranges are all that is selected, and all that is allowed."""
+    other = previous.is_full or previous.selected is not None or previous.dense is not None
+    return bool(previous.ranges) and not other and allowed.keep is None
+
+
+def residual_count(inputs: Inputs, previous: Mask) -> Tensor:
     """Allowed keys that are not selected yet per row, int64 that broadcasts to the rows.
 
     Costs what the mask so far costs to count: nothing of the size of the keys unless it is dense.
     """
-    chosen, total = previous.counts(allowed)
+    if _is_ranges(previous, inputs.allowed):
+        return inputs.ops.residual_count(previous.ranges, inputs.allowed)
+    chosen, total = previous.counts(inputs.allowed)
     return total - chosen
+
+
+def selected_entries(inputs: Inputs, previous: Mask) -> tuple[Tensor, Tensor | None]:
+    """Every selected and allowed key once, by index; see `Mask.entries`."""
+    if _is_ranges(previous, inputs.allowed):
+        keys = inputs.ops.range_entries(previous.ranges, inputs.allowed, inputs.capacity)
+        return keys, None
+    return previous.entries(inputs.allowed)
 
 
 def sample(

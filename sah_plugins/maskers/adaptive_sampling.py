@@ -33,6 +33,7 @@ from sah_core.selection import (
     residual_scores,
     row_pieces,
     sample,
+    selected_entries,
 )
 
 BYTES_PER_KEY = 48
@@ -130,7 +131,7 @@ class AdaptiveSampling(Masker):
         found, chances = [], []
         for part, taken in row_pieces(inputs, previous, BYTES_PER_KEY):
             inner = self.sampling_range(part)
-            left = residual_count(taken, inner.allowed).expand(part.shape[:3])
+            left = residual_count(inner, taken).expand(part.shape[:3])
             wanted = self.wanted(part, inner, taken, left)
             count, capacity = wanted, inputs.capacity
             if limit is not None:
@@ -175,27 +176,24 @@ class AdaptiveSampling(Masker):
         """Keys that the bound asks for, int64 ``(batch, heads, query_len)``, at most ``left``."""
         base_count = self.base_count(left)
         base = sample(inner, previous, base_count, self.base_capacity(inputs), draw=BASE)
-        fixed, probability = previous.entries(inputs.allowed)
+        fixed, chance = selected_entries(inputs, previous)
         ops, query, key = inputs.ops, inputs.query, inputs.key
         seen = ops.logits_at(query, key, base, inputs.scaling, inputs.softcap)
         sure = ops.logits_at(query, key, fixed, inputs.scaling, inputs.softcap)
-        # the greatest of all logits that are looked at: none of their exponentials overflows
-        top = torch.cat([seen, sure], -1).amax(-1, keepdim=True)
-        if inputs.sinks is not None:
-            top = torch.maximum(top, inputs.sinks.float().view(1, -1, 1, 1))
-        top = top.clamp(min=torch.finfo(torch.float32).min)
-        drawn, kept = (seen - top).exp(), (sure - top).exp()
-        if probability is not None:
-            kept = kept / per_head(probability, inputs.heads)
+        if chance is not None:
+            chance = per_head(chance, inputs.heads)
+        top, moments = ops.weight_moments(seen, sure, chance, inputs.sinks)
         estimate = Estimate(
             inputs=inputs,
             base=base,
-            drawn=drawn,
+            seen=seen,
             count=base_count.double(),
             fixed=fixed,
-            kept=kept,
+            sure=sure,
+            chance=chance,
             left=left.double(),
             top=top,
+            moments=moments,
         )
         need = self.need(estimate)
         if self.mode == "gumbel":
@@ -327,37 +325,35 @@ class Estimate:
     Attributes:
         inputs: The call.
         base: Keys of the base sample, int32 ``(batch, heads, query_len, entries)``.
-        drawn: Their ``e^(l - top)``, 0 at entries that are none.
+        seen: Their logits, -inf at entries that are none.
         count: Keys in the base sample per row, float64 ``(batch, heads, query_len)``.
         fixed: Keys that earlier steps selected, likewise.
-        kept: Their ``e^(l - top) / p``.
+        sure: Their logits.
+        chance: Their probabilities, None if all are 1.
         left: Keys in the residual per row, float64.
         top: The greatest logit, float32 ``(batch, heads, query_len, 1)``.
+        moments: Sums over the weights ``e^(l - top)``; see `Ops.weight_moments`.
     """
 
     inputs: Inputs
     base: Tensor
-    drawn: Tensor
+    seen: Tensor
     count: Tensor
     fixed: Tensor
-    kept: Tensor
+    sure: Tensor
+    chance: Tensor | None
     left: Tensor
     top: Tensor
+    moments: Tensor
 
     def mean(self) -> Tensor:
         """Of ``e^(l - top)`` over the base sample, float64."""
-        return self.drawn.double().sum(-1) / self.count.clamp(min=1)
+        return self.moments[1] / self.count.clamp(min=1)
 
     def denominator(self) -> tuple[Tensor, Tensor]:
         """``n`` times the standard deviation of ``e^l`` in the residual, and the denominator."""
-        mean = self.mean()
-        off = torch.where(self.base >= 0, self.drawn.double() - mean.unsqueeze(-1), 0.0)
-        spread = (off.square().sum(-1) / (self.count - 1).clamp(min=1)).sqrt()
-        size = self.kept.double().sum(-1) + self.left * mean
-        if self.inputs.sinks is not None:
-            sinks = self.inputs.sinks.double().view(1, -1, 1)
-            size = size + (sinks - self.top.squeeze(-1).double()).exp()
-        return self.left * spread, size
+        spread = (self.moments[2] / (self.count - 1).clamp(min=1)).sqrt()
+        return self.left * spread, self.moments[0] + self.left * self.mean()
 
     def inflation(self) -> Tensor:
         """What raises the variance of ``e^l`` in the base sample by one standard error of its own.
@@ -365,10 +361,8 @@ class Estimate:
         The standard error is that of the sample's fourth moment. A sample of skewed weights shows
         less than their variance more often than not.
         """
-        off = torch.where(self.base >= 0, self.drawn.double() - self.mean().unsqueeze(-1), 0.0)
-        square = off.square()
         count = self.count.clamp(min=1)
-        second, fourth = square.sum(-1) / count, square.square().sum(-1) / count
+        second, fourth = self.moments[2] / count, self.moments[3] / count
         kurtosis = fourth / second.square().clamp(min=torch.finfo(torch.float64).tiny)
         return 1 + ((kurtosis - 1).clamp(min=0) / count).sqrt()
 
@@ -377,12 +371,14 @@ class Estimate:
         the length of the numerator.
         """
         ops, value = self.inputs.ops, self.inputs.value
-        first, second = ops.moments_at(value, self.base, self.drawn)
+        kept = (self.sure - self.top).exp()
+        kept = kept if self.chance is None else kept / self.chance
+        first, second = ops.moments_at(value, self.base, (self.seen - self.top).exp())
         count = self.count.clamp(min=1)
         mean = first.double() / count.unsqueeze(-1)
         trace = second.double() - count * mean.square().sum(-1)
         spread = (trace.clamp(min=0) / (self.count - 1).clamp(min=1)).sqrt()
-        known, _ = ops.moments_at(value, self.fixed, self.kept)
+        known, _ = ops.moments_at(value, self.fixed, kept)
         size = known.double() + self.left.unsqueeze(-1) * mean
         return self.left * spread, torch.linalg.vector_norm(size, dim=-1)
 

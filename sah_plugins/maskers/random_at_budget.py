@@ -109,7 +109,7 @@ class RandomAtBudget(Masker):
         capacity = room(model)
         if model.is_full or not capacity:
             return model if model.is_full else previous
-        left = residual_count(previous, inputs.allowed).expand(inputs.shape[:3])
+        left = residual_count(inputs, previous).expand(inputs.shape[:3])
         count = torch.minimum(model.counts(inputs.allowed)[0], left).to(torch.int32)
         found, begin = [], 0
         for part, taken in row_pieces(inputs, previous, BYTES_PER_KEY):

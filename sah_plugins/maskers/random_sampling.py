@@ -44,7 +44,7 @@ class RandomSampling(Masker):
         budget = inputs.budget(self.sampling_rate)
         if not budget.capacity or previous.is_full:
             return previous
-        left = residual_count(previous, inputs.allowed).expand(inputs.shape[:3])
+        left = residual_count(inputs, previous).expand(inputs.shape[:3])
         drawn = left.clamp(max=budget.capacity)
         if budget.count is not None:
             drawn = torch.minimum(drawn, budget.count)

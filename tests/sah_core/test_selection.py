@@ -56,7 +56,7 @@ def test_pieces_of_different_width_are_padded():
 def test_a_sample_takes_its_count_from_what_is_left_and_nothing_else():
     inputs = attrs.evolve(call(), random=Random(seed=1))
     taken = Mask.from_indices(inputs.shape, torch.tensor([[[[0, 3]]]]))
-    left = residual_count(taken, inputs.allowed).expand(inputs.shape[:3])
+    left = residual_count(inputs, taken).expand(inputs.shape[:3])
     assert left[0, 0].tolist() == [6, 7, 8, 9, 10]
     indices = sample(inputs, taken, torch.full((1, 1, 1), 4), 6)
     assert ((indices >= 0).sum(-1) == 4).all()

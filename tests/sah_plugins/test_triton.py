@@ -21,7 +21,17 @@ pytestmark = [
 
 
 PACKAGE = "sah_plugins.backends.triton"
-KERNELS = ("attention", "topk", "pages", "labels", "queries", "gathered", "buckets", "ops")
+KERNELS = (
+    "attention",
+    "topk",
+    "pages",
+    "labels",
+    "queries",
+    "gathered",
+    "buckets",
+    "samples",
+    "ops",
+)
 
 
 def is_of_triton(name):
@@ -483,3 +493,32 @@ def test_what_was_found_is_picked_like_the_reference(ops, monkeypatch, limited):
     assert torch.equal(got[0], torch.nn.functional.pad(right[0], (0, pad), value=-1))
     assert torch.equal(got[1], right[1])
     assert torch.equal(got[2], right[2])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_what_ranges_leave_and_their_keys_are_those_of_the_reference(ops, count):
+    inputs = call(batch=2, query_len=3, key_len=30, first=[0, 17])
+    first, row = inputs.allowed.first.view(-1, 1, 1), inputs.query_position.unsqueeze(1)
+    ranges = [
+        KeyRange(first, first, 5, 0, 5),
+        KeyRange(row, row, 9, -8, 1),
+        KeyRange(row, row, 40, -28, -3),
+        KeyRange(first, row, 40, 3, -20),
+    ][:count]
+    got = ops.residual_count(ranges, inputs.allowed)
+    assert torch.equal(got, REFERENCE.residual_count(ranges, inputs.allowed))
+    keys = ops.range_entries(ranges, inputs.allowed, 30)
+    right = REFERENCE.range_entries(ranges, inputs.allowed, 30)
+    assert torch.equal(keys.expand(right.shape), right)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_of_weights_are_those_of_the_reference(ops, weighted):
+    torch.manual_seed(0)
+    drawn, sure = 5 * torch.randn(2, 3, 1, 70), 5 * torch.randn(2, 3, 1, 9)
+    drawn[0, 0, 0, 40:], drawn[1, 1], sure[1, 1] = (float("-inf"),) * 3
+    more = (torch.rand(1, 3, 1, 9) + 0.1, torch.tensor([0.0, 9.0, -3.0])) if weighted else ()
+    top, moments = ops.weight_moments(drawn, sure, *more)
+    right_top, right = REFERENCE.weight_moments(drawn, sure, *more)
+    assert torch.equal(top, right_top)
+    torch.testing.assert_close(moments, right, rtol=2e-6, atol=0)

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sah_core.allowed import Allowed
 from sah_core.code_ops import code_dtype
 from sah_core.mask import KeyRange
 from sah_core.ops import Ops, channels_of, code_width
 from sah_core.randomness import Random
 
-from . import buckets, gathered, pages, queries, topk
+from . import buckets, gathered, pages, queries, samples, topk
 from . import labels as codes
+from .attention import MAX_RANGES
 from .backend import DTYPES, is_interpreted
 
 ROWS = 16
@@ -279,3 +281,27 @@ class TritonOps(Ops):
         if not (chosen.is_cuda or is_interpreted()) or not chosen.numel():
             return super().pick(chosen, capacity, limit, draw)
         return buckets.pick(chosen, capacity, limit, draw)
+
+    def residual_count(self, ranges: Sequence[KeyRange], allowed: Allowed) -> Tensor:
+        """One launch in place of twenty."""
+        if len(ranges) > MAX_RANGES or not (allowed.stop.is_cuda or is_interpreted()):
+            return super().residual_count(ranges, allowed)
+        return samples.residual_count(ranges, allowed)
+
+    def range_entries(self, ranges: Sequence[KeyRange], allowed: Allowed, key_len: int) -> Tensor:
+        """One launch in place of thirty."""
+        if len(ranges) > MAX_RANGES or not (allowed.stop.is_cuda or is_interpreted()):
+            return super().range_entries(ranges, allowed, key_len)
+        return samples.range_entries(ranges, allowed, key_len)
+
+    def weight_moments(
+        self,
+        drawn: Tensor,
+        sure: Tensor,
+        chance: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """A program passes over a row three times and writes five numbers."""
+        if not takes(drawn, sure) or not drawn.numel():
+            return super().weight_moments(drawn, sure, chance, sinks)
+        return samples.weight_moments(drawn, sure, chance, sinks)

@@ -38,7 +38,7 @@ def test_conformance(check, options):
 def budgets(masker, inputs, previous):
     """Row by row in float64: the keys that the bound asks for, from the masker's base sample."""
     inner = masker.sampling_range(inputs)
-    left = selection.residual_count(previous, inner.allowed).expand(inputs.shape[:3])
+    left = selection.residual_count(inner, previous).expand(inputs.shape[:3])
     base_count = masker.base_count(left)
     base = selection.sample(inner, previous, base_count, masker.base_capacity(inputs), draw=0)
     chance = previous.to_dense().double()
@@ -122,7 +122,7 @@ def test_the_budget_is_that_of_the_bound(calls, kind, options, case):
     assert int((drawn.sum(-1) - expected).abs().max()) <= 1
     assert float((drawn.sum(-1) != expected).double().mean()) < 0.02
     inner = masker.sampling_range(inputs)
-    left = selection.residual_count(previous, inner.allowed).expand(inputs.shape[:3])
+    left = selection.residual_count(inner, previous).expand(inputs.shape[:3])
     chance = (drawn.sum(-1) / left.clamp(min=1)).unsqueeze(-1).expand_as(drawn)
     assert torch.allclose(after[drawn], chance[drawn])
 
