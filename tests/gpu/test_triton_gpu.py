@@ -8,6 +8,7 @@ from sah_core.backend import Problem
 from sah_core.inputs import Inputs
 from sah_core.mask import KeyRange, Mask
 from sah_core.ops import REFERENCE
+from sah_core.randomness import Random
 from sah_core.size import Size
 from sah_core.state import LayerInfo
 from sah_plugins.backends.triton.backend import TritonBackend
@@ -170,6 +171,52 @@ def test_top_k_is_exact(candidates, rounded):
         for limits in ({}, {"stop": stop, "taken": taken}):
             got = BACKEND.ops.masked_topk(scores, capacity, **limits)
             same_choice(got, REFERENCE.masked_topk(scores, capacity, **limits))
+
+
+@pytest.mark.parametrize("levels", [129, 3000])
+def test_top_k_of_few_levels_is_exact(levels):
+    torch.manual_seed(levels)
+    scores = torch.randint(levels, (2, 4, 1, 50_000), device="cuda").float()
+    for capacity in (1, 2500, 50_000):
+        got = BACKEND.ops.masked_topk(scores, capacity, levels=levels)
+        same_choice(got, REFERENCE.masked_topk(scores, capacity))
+
+
+@pytest.mark.parametrize("keys", [1000, 50_000])
+def test_random_choices_are_exact(keys):
+    inputs = call(heads=4, key_len=keys, first=[0, 77])
+    place = (Random(seed=9, step=1, layer=3), 4, inputs.query_position, keys, inputs.allowed.first)
+    got = BACKEND.ops.random_scores(*place, draw=1)
+    assert torch.equal(got, REFERENCE.random_scores(*place, draw=1))
+    limits = {"start": inputs.allowed.start, "stop": inputs.allowed.stop}
+    got = BACKEND.ops.random_topk(*place, 600, batch=2, draw=1, **limits)
+    same_choice(got, REFERENCE.random_topk(*place, 600, batch=2, draw=1, **limits))
+
+
+@pytest.mark.parametrize("keys", [999, 20_000])
+def test_collisions_and_what_is_picked_of_them(keys):
+    torch.manual_seed(0)
+    make = {"dtype": torch.int16, "device": "cuda"}
+    query = torch.randint(30, (2, 8, 150, 1), **make)
+    key = torch.randint(30, (2, 2, 150, keys), **make)
+    counts = REFERENCE.collisions(query, key)
+    assert torch.equal(BACKEND.ops.collisions(query, key), counts)
+    draw = torch.rand(2, 8, 1, 1, device="cuda")
+    for least in (2, 12):
+        right = REFERENCE.pick(counts >= least, 100, None, draw)
+        for a, b in zip(BACKEND.ops.pick(counts >= least, 100, None, draw), right, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_cosines_and_logits_of_chosen_keys():
+    inputs = call(key_len=3000)
+    indices = torch.rand(2, 8, 1, 3000, device="cuda").topk(700).indices.to(torch.int32)
+    place = (inputs.query, inputs.key, indices)
+    center = torch.randn(2, 2, 128, device="cuda")
+    right = REFERENCE.cosines(*place, center)
+    torch.testing.assert_close(BACKEND.ops.cosines(*place, center), right, atol=1e-5, rtol=0)
+    right = REFERENCE.logits_at(*place, 0.1)
+    torch.testing.assert_close(BACKEND.ops.logits_at(*place, 0.1), right, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "max"])
