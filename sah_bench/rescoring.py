@@ -123,38 +123,45 @@ def _by_benchmark(folder: Path, label: str, config: Mapping[str, Any]) -> Rescor
     rows = read_rows(folder / SAMPLES)
     new = [benchmark.score(_example(row, task), str(row["prediction"])) for row in rows]
     main = benchmark.main_score
+    known, after = read_json(folder / METRICS), _aggregate(benchmark, task, rows, new)
     return Rescored(
         folder=folder,
         label=label,
         score=main,
-        old=mean(row["scores"][main] for row in rows if main in row["scores"]),
-        new=mean(scores[main] for scores in new),
+        old=mean(row["scores"][main] for row in rows if main in row["scores"])
+        if known is None
+        else known.get("scores", {}).get(main),
+        new=after["scores"].get(main),
         changed=sum(row["scores"] != scores for row, scores in zip(rows, new, strict=True)),
         samples=len(rows),
         rows=tuple({**row, "scores": scores} for row, scores in zip(rows, new, strict=True)),
-        metrics=_new_metrics(folder, benchmark, task, rows, new),
+        metrics=None if known is None else _new_metrics(known, benchmark, task, after),
     )
 
 
 def _new_metrics(
-    folder: Path,
-    benchmark: Benchmark,
-    task: str,
-    rows: Sequence[Mapping[str, Any]],
-    scores: Sequence[Mapping[str, float]],
-) -> dict[str, Any] | None:
-    known = read_json(folder / METRICS)
-    if known is None:
-        return None
-    scored = [
-        ScoredExample(id=row["id"], task=task, scores=score, facts=row["facts"])
-        for row, score in zip(rows, scores, strict=True)
-    ]
+    known: Mapping[str, Any], benchmark: Benchmark, task: str, scored: Mapping[str, Any]
+) -> dict[str, Any]:
     note = {
         "protocol_version": benchmark.protocol_for(task).version,
         "scores_before": known.get(NOTE, {}).get("scores_before", known.get("scores")),
     }
-    return {**known, **benchmark.aggregate(scored), NOTE: note}
+    return {**known, **scored, NOTE: note}
+
+
+def _aggregate(
+    benchmark: Benchmark,
+    task: str,
+    rows: Sequence[Mapping[str, Any]],
+    scores: Sequence[Mapping[str, float]],
+) -> dict[str, Any]:
+    """The metrics of a task, whose score need not be the mean of those of its samples."""
+    return benchmark.aggregate(
+        [
+            ScoredExample(id=row["id"], task=task, scores=score, facts=row["facts"])
+            for row, score in zip(rows, scores, strict=True)
+        ]
+    )
 
 
 def _by_metric(folder: Path, label: str, scorer: Scorer, metric: str) -> Rescored:

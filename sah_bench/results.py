@@ -18,6 +18,9 @@ from .store import Cell, canonical
 
 Status = Literal["done", "failed"]
 
+PERCENT = "%"
+"""The unit of a score for which a benchmark declares none."""
+
 
 @attrs.frozen(kw_only=True)
 class CellResult:
@@ -31,7 +34,8 @@ class CellResult:
         status: ``done`` or ``failed``.
         samples: How many samples it has.
         main_score: Name of the score that tables show.
-        score: That score, a percentage; None if there is none.
+        score: That score; None if there is none.
+        unit: Of that score: ``%``, unless the benchmark declares another.
         density: Selected over allowed keys; None if it was not observed.
         observed: Means of the other metrics, by name; of those that have one.
         prefill_seconds: Mean over contexts of the time to prefill one, without observers.
@@ -56,6 +60,7 @@ class CellResult:
     samples: int
     main_score: str
     score: float | None = None
+    unit: str = PERCENT
     density: float | None = None
     observed: Mapping[str, float] = attrs.field(factory=dict)
     prefill_seconds: float | None = None
@@ -132,7 +137,11 @@ def summaries(results: Sequence[CellResult]) -> list[dict[str, Any]]:
             groups.setdefault(key, {})[result.task] = result.metrics
     found = []
     for (model, benchmark, _, pipeline), tasks in groups.items():
-        figures = registry.benchmarks[benchmark].summary(tasks)
+        kind = registry.benchmarks[benchmark]
+        figures = {
+            name: {"value": value, "unit": kind.units.get(name, PERCENT)}
+            for name, value in kind.summary(tasks).items()
+        }
         if figures:
             found.append(
                 {"model": model, "benchmark": benchmark, "pipeline": pipeline, "figures": figures}
@@ -194,6 +203,7 @@ def result_of(
         status="failed" if error is not None else "done",
         samples=len(cell.records),
         main_score=main_score,
+        unit=plan.benchmark.units.get(main_score, PERCENT),
         score=metrics.get("scores", {}).get(main_score),
         density=observed.get("density", {}).get("density"),
         observed={

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .results import CellResult, summaries
+from .results import PERCENT, CellResult, summaries
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,36 +63,55 @@ def summary_table(results: Sequence[CellResult]) -> Table | None:
     from rich.text import Text
 
     found = summaries(results)
-    names = list(dict.fromkeys(name for one in found for name in one["figures"]))
-    if not names:
+    columns = {
+        header(name, figure["unit"]): (name, figure["unit"])
+        for one in found
+        for name, figure in one["figures"].items()
+    }
+    if not columns:
         return None
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("model", "benchmark", "pipeline"):
         table.add_column(name, overflow="fold")
-    units = {name: "" if name.endswith(")") else " %" for name in names}
-    for name in names:
-        table.add_column(name + units[name], justify="right", overflow="fold")
+    for text in columns:
+        table.add_column(text, justify="right", overflow="fold")
     for one in found:
-        figures = [
-            _number(one["figures"].get(name), ".1f" if units[name] else "g") for name in names
-        ]
+        figures = [_figure(one["figures"].get(name), unit) for name, unit in columns.values()]
         row = (one["model"], one["benchmark"], one["pipeline"], *figures)
         table.add_row(*(Text(cell) for cell in row))
     return table
 
 
+def header(name: str, unit: str) -> str:
+    """The head of a column of scores: ``accuracy %``, ``loss (nats per token)``."""
+    return f"{name} %" if unit == PERCENT else f"{name} ({unit})"
+
+
+def _figure(figure: Mapping[str, Any] | None, unit: str) -> str:
+    if figure is None or figure["unit"] != unit:
+        return "-"
+    return _score(figure["value"], unit)
+
+
+def _score(value: float | None, unit: str) -> str:
+    return _number(value, ".1f" if unit == PERCENT else "g")
+
+
 def _columns(results: Sequence[CellResult]) -> dict[str, list[str]]:
     """The texts of the table by column."""
-    names = {result.main_score for result in results}
-    header = f"{next(iter(names))} %" if len(names) == 1 else "score %"
-    scores = [_number(result.score, ".1f") for result in results]
-    if len(names) > 1:
-        scores = [f"{r.main_score} {score}" for r, score in zip(results, scores, strict=True)]
+    scores = [_score(result.score, result.unit) for result in results]
+    heads = [header(result.main_score, result.unit) for result in results]
+    head = heads[0] if len({*heads}) == 1 else "score"
+    if head == "score":
+        all_percent = all(result.unit == PERCENT for result in results)
+        names = [result.main_score for result in results] if all_percent else heads
+        scores = [f"{name} {score}" for name, score in zip(names, scores, strict=True)]
+        head += " %" if all_percent else ""
     return {
         "model": [result.model for result in results],
         "benchmark": [f"{result.benchmark} {result.task}" for result in results],
         "pipeline": [result.pipeline for result in results],
-        header: scores,
+        head: scores,
         "density": [_number(result.density, ".4f") for result in results],
         **{
             name: [_number(result.observed.get(name), ".4f") for result in results]

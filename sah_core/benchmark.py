@@ -156,8 +156,8 @@ class Benchmark:
     protocol: ClassVar[Protocol]
     """The default protocol; :meth:`protocol_for` is what a runner asks."""
     units: ClassVar[Mapping[str, str]] = {}
-    """Units of the scores that are no percentages, such as a loss in nats per token; the main score
-    is always a percentage."""
+    """Units of the scores, and of the figures of :meth:`summary`, that are no percentages: by name,
+    such as nats per token of a loss."""
     independent: ClassVar[bool] = False
     """Whether examples are independent draws, so that the first N are as good as any N."""
     exceptions: ClassVar[Mapping[str, str]] = {}
@@ -315,7 +315,7 @@ class Benchmark:
     def summary(cls, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
         """Return figures over several tasks, such as category means, from their metrics.
 
-        They are percentages, except those whose name ends in a unit, as in ``reach (tokens)``.
+        They are percentages, except those of which :attr:`units` says otherwise.
 
         Args:
             tasks: by task, what :meth:`aggregate` returned of it; tasks that were not run or not

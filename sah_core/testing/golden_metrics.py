@@ -132,6 +132,8 @@ def _run_benchmark(path: Path, content: Mapping[str, Any]) -> FileResult | None:
             found = list(cases)
         except MissingLibraryError as error:
             return FileResult(path=path, metric=name, status="skipped", reasons=(str(error),))
+        except SahError as error:  # such as an input that does not lie beside the file
+            return FileResult(path=path, metric=name, status="failed", differences=(str(error),))
         wrong = [f"{case}: {difference}" for case, difference in found if difference]
         return FileResult(
             path=path,

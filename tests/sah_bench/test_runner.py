@@ -277,13 +277,21 @@ def test_figures_over_tasks_stand_below_the_table(fakes, tmp_path, monkeypatch):
 
 
 def test_a_figure_with_a_unit_is_no_percentage(fakes, tmp_path, monkeypatch):
-    figures = {"reach (tokens)": 4096.0, "gap (tokens)": None}
+    figures = {"reach": 4096.0, "gap": None}
+    monkeypatch.setattr(fakes.Quiz, "units", {"reach": "tokens", "gap": "tokens"})
     monkeypatch.setattr(fakes.Quiz, "summary", classmethod(lambda cls, tasks: figures))
     result = CliRunner().invoke(main, arguments(tmp_path / "r", "--pipeline", "dense"))
     table = result.stdout.splitlines()
     [head] = [line for line in table if "reach (tokens)" in line]
     assert "%" not in head
     assert table[table.index(head) + 2].split() == ["m", "quiz", "dense", "4096", "-"]
+
+
+def test_a_main_score_with_a_unit_is_no_percentage(fakes, tmp_path, monkeypatch):
+    monkeypatch.setattr(fakes.Quiz, "units", {"accuracy": "nats per token"})
+    result = CliRunner().invoke(main, arguments(tmp_path / "r", "--pipeline", "dense"))
+    assert "accuracy (nats per token)" in result.stdout
+    assert "%" not in result.stdout
 
 
 def test_tasks_of_one_setting_make_a_summary_whatever_chose_them():

@@ -125,3 +125,12 @@ def test_a_cell_that_cannot_be_scored_does_not_stop_the_others(results, tmp_path
     assert result.exit_code == 1
     assert "no benchmark named 'quzi'" in result.output
     assert "sink(4)" in result.output
+
+
+def test_the_score_of_a_task_need_not_be_a_mean(results, tmp_path, monkeypatch, fakes):
+    def aggregate(self, samples):
+        return {"n": len(samples), "scores": {"accuracy": 12.5}, "tasks": {}}
+
+    monkeypatch.setattr(fakes.Quiz, "aggregate", aggregate)
+    line = score(tmp_path / "results").output.splitlines()[2]
+    assert line.split()[-4:] == ["100.00", "12.50", "0", "4"]

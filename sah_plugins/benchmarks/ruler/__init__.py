@@ -58,6 +58,7 @@ class Ruler(Benchmark):
 
     name: ClassVar[str] = "ruler"
     main_score: ClassVar[str] = "string_match"
+    units: ClassVar[Mapping[str, str]] = {"effective length": "tokens"}
     protocol: ClassVar[Protocol] = Protocol(chat=False)
     independent: ClassVar[bool] = True
 
@@ -268,7 +269,7 @@ class Ruler(Benchmark):
             for length, score in means.items()
         }
         if whole:
-            figures["effective length (tokens)"] = effective_length(whole)
+            figures["effective length"] = effective_length(whole)
         return figures
 
     def revision(self) -> str:

@@ -567,7 +567,7 @@ def test_the_summary_has_the_mean_of_each_length_and_the_longest_one_above_the_t
         "mean of 1024": 99.0,
         "mean of 2048": 86.0,
         "mean of 8192": pytest.approx(85.6),
-        "effective length (tokens)": 2048.0,
+        "effective length": 2048.0,
     }
 
 
@@ -576,7 +576,7 @@ def test_a_length_that_lacks_tasks_says_so_and_is_not_effective():
     assert Ruler.summary(tasks) == {
         "mean of 1024": 50.0,
         "2-task mean of 2048": 95.0,
-        "effective length (tokens)": None,
+        "effective length": None,
     }
     assert Ruler.summary(metrics_of(2048, [100.0])) == {"1-task mean of 2048": 100.0}
     tasks["vt-1024"] = {"scores": {"string_match": None}}
