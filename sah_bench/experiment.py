@@ -244,8 +244,7 @@ def _pipelines(values: Values) -> tuple[Pipeline, ...]:
     for value, place in values.needed("pipelines", "pipeline"):
         with place.naming_errors():
             pipeline = Pipeline.parse(value)
-            for step in pipeline.steps:
-                step.check_artifacts()
+            pipeline.check_artifacts()
         if pipeline.name is not None and not isinstance(pipeline.name, str):
             raise place.at("name").error(
                 f"{short_repr(pipeline.name)} is not allowed: expected a text."

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 PIPED_WIDTH = 120
 """Columns of a table that no terminal shows."""
 
+_BESIDE = 4
+"""The most figures that stand beside one another; more of them are a row each."""
+
 
 def console() -> Console:
     """The console for tables on standard output, wide enough where that is no terminal."""
@@ -57,7 +60,10 @@ def results_table(results: Sequence[CellResult]) -> Table:
 
 
 def summary_table(results: Sequence[CellResult]) -> Table | None:
-    """Figures over several tasks, such as category means; None where no benchmark has any."""
+    """Figures over several tasks, such as category means; None where no benchmark has any.
+
+    A few figures are a column each, many are a row each.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -73,12 +79,18 @@ def summary_table(results: Sequence[CellResult]) -> Table | None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("model", "benchmark", "pipeline"):
         table.add_column(name, overflow="fold")
-    for text in columns:
-        table.add_column(text, justify="right", overflow="fold")
+    beside = len(columns) <= _BESIDE
+    for text in columns if beside else ("figure", ""):
+        table.add_column(text, justify="left" if text == "figure" else "right", overflow="fold")
     for one in found:
-        figures = [_figure(one["figures"].get(name), unit) for name, unit in columns.values()]
-        row = (one["model"], one["benchmark"], one["pipeline"], *figures)
-        table.add_row(*(Text(cell) for cell in row))
+        of = (one["model"], one["benchmark"], one["pipeline"])
+        rows = [(text, _figure(one["figures"].get(n), unit)) for text, (n, unit) in columns.items()]
+        if beside:
+            table.add_row(*(Text(cell) for cell in (*of, *(figure for _, figure in rows))))
+            continue
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in (*of, *row)))
+            of = ("", "", "")  # once is enough
     return table
 
 

@@ -108,8 +108,10 @@ class AdapterSpec:
 
         Returns:
             A class made as ``cls(model_name, pipeline=..., model_kwargs=..., tokenizer_kwargs=...,
-            device=..., dtype=...)`` with ``process_request``, ``prefill`` and ``answer``. Exactly
-            one plugin is asked; its result is the result.
+            device=..., dtype=...)`` with ``process_request``, ``prefill`` and ``answer``; class
+            methods ``check_model(model_name)`` and ``check_generation(generation_kwargs)``, if it
+            has them, find mistakes before anything is loaded. Exactly one plugin is asked; its
+            result is the result.
 
         Raises:
             BrokenPluginError: by the registry, if the hook is missing, raises, returns None, or

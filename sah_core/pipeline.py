@@ -171,6 +171,15 @@ class Pipeline:
         """Whether the model is left as it is."""
         return not self.steps
 
+    def check_artifacts(self) -> None:
+        """Find files of the steps that are missing or damaged before a model is loaded.
+
+        Raises:
+            ArtifactError: The first that there is.
+        """
+        for step in self.steps:
+            step.check_artifacts()
+
     @property
     def text(self) -> str:
         """The canonical text, which names every parameter."""

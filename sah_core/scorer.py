@@ -89,13 +89,14 @@ def metric_names(plugins: Registry = registry) -> tuple[str, ...]:
     return tuple(sorted({name for family in plugins.scorers for name in plugins.scorers[family]}))
 
 
-def needed_library(name: str, distribution: str, what: str) -> Any:
+def needed_library(name: str, distribution: str, what: str, extra: str = "benchmarks") -> Any:
     """Import an optional library.
 
     Args:
         name: Of the module.
         distribution: Of the package that ships it.
         what: Who needs it, for the error.
+        extra: Of this project, which brings it; empty if none does.
 
     Raises:
         MissingLibraryError: It is not installed.
@@ -109,7 +110,7 @@ def needed_library(name: str, distribution: str, what: str) -> Any:
             warnings.simplefilter("ignore")
             return import_module(name)
     except ImportError as error:
-        raise MissingLibraryError(what, distribution, "benchmarks") from error
+        raise MissingLibraryError(what, distribution, extra) from error
 
 
 def _families(metric: str, plugins: Registry) -> list[str]:

@@ -148,6 +148,7 @@ def _pipelines(texts: tuple[str, ...], backend: str) -> tuple[Pipeline, ...]:
         pipeline = attrs.evolve(Pipeline.parse(text), name=" ".join(text.split()))
         if not pipeline.is_dense and pipeline.backend == "auto" and backend != "auto":
             pipeline = attrs.evolve(pipeline, backend=backend)
+        pipeline.check_artifacts()
         if not pipeline.is_dense:
             found.setdefault(pipeline.text, pipeline)
     return tuple(found.values())

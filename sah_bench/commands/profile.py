@@ -116,6 +116,8 @@ def profile(
     if not pipelines:
         raise bad_option("--pipeline", "give at least one, such as 'sink(128) | local(128)'")
     parsed = tuple((text, Pipeline.parse(text)) for text in pipelines)
+    for _, pipeline in parsed:
+        pipeline.check_artifacts()
     place = _device(device)
     defaults = {**_COMMON, **_DEFAULTS[place.type]}
     sizes = {name: _flat(options[name]) or defaults[name] for name in (*_COUNTS, "dtype")}

@@ -99,7 +99,7 @@ def _bertscore(prediction: str, references: Sequence[str]) -> float:
 
 @cache
 def _bert_scorer() -> Any:
-    return needed_library("bert_score", "bert-score", "BERTScore").BERTScorer(lang="en")
+    return needed_library("bert_score", "bert-score", "BERTScore", extra="").BERTScorer(lang="en")
 
 
 def parse_mapping(text: str) -> dict[Any, Any] | None:

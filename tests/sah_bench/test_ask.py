@@ -117,6 +117,11 @@ def test_a_pipeline_that_fails_leaves_the_others(fakes):
         ([], {"text": ("--context", "-"), "input": ""}, "the text is empty (-)"),
         (["--pipeline", "snk"], {}, "no masker named 'snk'. did you mean 'sink'?"),
         (["--pipeline", "sink(4"], {}, "found the end of the text at column 7"),
+        (
+            ["--pipeline", "hash-attention(64, hat_weight_file='a.pt')"],
+            {},
+            "'a.pt': there is no such file",
+        ),
         (["--backend", "gathr"], {}, "no backend named 'gathr'. did you mean 'gather'?"),
         (["--adapter", "fke"], {}, "no adapter named 'fke'"),
         (["--generation", "hot"], {}, "--generation 'hot': expected name=value"),

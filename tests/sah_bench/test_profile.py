@@ -241,6 +241,10 @@ def test_a_refused_pipeline_is_no_fault(monkeypatch):
         (["--pipeline", ENDS, "--backend", "gahter"], "no backend named 'gahter'."),
         (["--pipeline", "snik(8)"], "no masker named 'snik'."),
         (
+            ["--pipeline", "hash-attention(64, hat_weight_file='a.pt')"],
+            "artefact 'a.pt': there is no such",
+        ),
+        (
             ["--pipeline", ENDS, "--heads", "6", "--kv-heads", "4"],
             "sah-bench profile: --heads: 6 is not a multiple of 4, the KV heads",
         ),

@@ -287,6 +287,15 @@ def test_a_figure_with_a_unit_is_no_percentage(fakes, tmp_path, monkeypatch):
     assert table[table.index(head) + 2].split() == ["m", "quiz", "dense", "4096", "-"]
 
 
+def test_many_figures_are_a_row_each(fakes, tmp_path, monkeypatch):
+    figures = {f"figure {i}": float(i) for i in range(5)}
+    monkeypatch.setattr(fakes.Quiz, "summary", classmethod(lambda cls, tasks: figures))
+    result = CliRunner().invoke(main, arguments(tmp_path / "r", "--pipeline", "dense"))
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["m", "quiz", "dense", "figure", "0", "%", "0.0"] in lines
+    assert ["figure", "4", "%", "4.0"] in lines
+
+
 def test_a_main_score_with_a_unit_is_no_percentage(fakes, tmp_path, monkeypatch):
     monkeypatch.setattr(fakes.Quiz, "units", {"accuracy": "nats per token"})
     result = CliRunner().invoke(main, arguments(tmp_path / "r", "--pipeline", "dense"))
@@ -300,6 +309,19 @@ def test_tasks_of_one_setting_make_a_summary_whatever_chose_them():
     niah = registry.benchmarks["niah"]
     assert setting_of(niah(lengths=(512,))) == setting_of(niah(lengths=(512, 1024)))
     assert setting_of(niah(lengths=(512,))) != setting_of(niah(lengths=(512,), chat=True))
+
+
+def test_a_later_model_that_is_not_there_is_found_before_the_first_is_loaded(
+    experiment, fakes, monkeypatch
+):
+    def check_model(name):
+        if name == "missing":
+            raise ModelNotFoundError(name, "it is only a test")
+
+    monkeypatch.setattr(fakes.FakeAdapter, "check_model", check_model, raising=False)
+    with pytest.raises(ModelNotFoundError):
+        run(experiment(models=["m", "missing"]))
+    assert fakes.FakeAdapter.calls == []
 
 
 def test_only_pipelines_that_miss_samples_answer(experiment, fakes):

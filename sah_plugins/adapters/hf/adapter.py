@@ -20,7 +20,7 @@ from sah_core.selection import overflow_rows
 from .answers import answer_detail, new_tokens
 from .captured import CapturedDecode
 from .generation import Generation, Watch, check_options, generation_options, seeded
-from .loading import Loaded, load_model
+from .loading import Loaded, check_name, load_model
 from .prefilled import ContextState, Prefilled, padded_rows
 from .prompts import build_prompts
 from .reader import Reader
@@ -93,6 +93,15 @@ class HuggingFaceAdapter(Reader):
             ParameterError: For a value that is out of range.
         """
         check_options(generation_kwargs)
+
+    @classmethod
+    def check_model(cls, model_name: str) -> None:
+        """Find out, without loading it, that a model is not there.
+
+        Raises:
+            ModelNotFoundError: The name leads to no model.
+        """
+        check_name(model_name)
 
     def identity(self) -> dict[str, Any]:
         """What makes results of this model comparable: label, weights hash and dtype."""

@@ -173,6 +173,25 @@ def resolve(name: str) -> ModelSource:
     return ModelSource(kind="hub", location=name, label=name)
 
 
+def check_name(name: str) -> None:
+    """Resolve ``name`` and, for a hub id, read no more than the configuration.
+
+    Raises:
+        ModelNotFoundError: the name leads to no model.
+    """
+    source = resolve(name)
+    if source.kind != "hub":
+        return
+    from transformers.utils import cached_file
+
+    kwargs: dict[str, Any] = {} if _hub_in_reach() else {"local_files_only": True}
+    try:
+        with quiet_transformers():
+            cached_file(source.location, "config.json", revision=source.revision, **kwargs)
+    except OSError as error:
+        raise _absent_from_hub(name, kwargs, error) from error
+
+
 _NAMES_HINT = "give a folder written by save_pretrained, a .gguf file, a hub id or an alias"
 
 

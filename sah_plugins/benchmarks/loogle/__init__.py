@@ -173,6 +173,8 @@ class Loogle(TableBenchmark):
             what = f"the answer of a cloze is {short_repr(answer)}: expected names by mask"
             raise self._wrong(CLOZE, index, what)
         names = {str(mask): str(name) for mask, name in answer.items() if name is not None}
+        if not names:
+            raise self._wrong(CLOZE, index, "the answer of a cloze names nothing for its masks")
         return json.dumps(names, ensure_ascii=False)
 
     def _wrong(self, task: str, index: int, problem: str) -> DataError:

@@ -188,5 +188,5 @@ def test_bertscore_is_asked_for_and_is_the_precision_of_the_answer(bench, monkey
     assert "bertscore" not in bench.score(first(bench, "shortdep_qa"), "Ann")
     scorers._bert_scorer.cache_clear()
     monkeypatch.setitem(sys.modules, "bert_score", None)
-    with pytest.raises(MissingLibraryError, match="BERTScore needs the package bert-score"):
+    with pytest.raises(MissingLibraryError, match="package bert-score: pip install bert-score$"):
         find_scorer("loogle_bertscore")("Ann", ["Ann"])
