@@ -47,8 +47,9 @@ def run_experiment(
     results: list[CellResult] = []
     # The first model is loaded at once; that a later one is not there must not be found hours on.
     check = getattr(registry.adapters[experiment.adapter], "check_model", None)
-    for model in experiment.models[1:] if check is not None else ():
-        check(model)
+    if check is not None:
+        for model in experiment.models[1:]:
+            check(model)
     for index, model in enumerate(experiment.models):
         left = len(experiment.models) - index - 1
         results += ModelRun(experiment, model, reporter, rerun_failed, models_left=left).run()
