@@ -33,6 +33,12 @@ class TableBenchmark(Benchmark):
         help="folder with the rows, as parquet, JSON Lines, JSON or CSV; by default the hub",
         location=True,
     )
+    hub_revision: str | None = param(
+        None,
+        type=str,
+        help="commit of the data set on the hub; by default the benchmark's own, or the newest",
+        location=True,
+    )
     only: str | None = attrs.field(default=None, repr=False)
     """The one task that this instance is for; None for all."""
 
@@ -64,6 +70,8 @@ class TableBenchmark(Benchmark):
         info = self.info(task)
         if info is None or info.source is None:
             raise NotImplementedError(f"{type(self).__name__} declares no source of {task}")
+        if self.hub_revision is not None:
+            return attrs.evolve(info.source, revision=self.hub_revision)
         return info.source
 
     def table(self, task: str) -> Table:

@@ -227,6 +227,11 @@ class TestHub:
         write(path, ROWS[:2])
         assert local.for_task("easy").revision().startswith("sha256:")
 
+    def test_a_commit_that_the_user_pins_counts_before_the_benchmark_s(self):
+        pinned = Quiz(hub_revision="pinned").for_task("easy")
+        assert pinned.source("easy").revision == "pinned"
+        assert pinned.revision() == "someone/quiz@pinned"
+
     def test_what_the_hub_lacks_is_one_line(self, monkeypatch):
         datasets = pytest.importorskip("datasets")
 
