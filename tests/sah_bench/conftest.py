@@ -11,6 +11,13 @@ import pytest
 from sah_core import registry
 
 SOURCE = Path(__file__).with_name("fake_plugins.py")
+PROGRAM = """
+import signal
+# a shell that runs tests in the background has its children ignore interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from sah_bench.cli import main
+main()
+"""
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +61,7 @@ def command(tmp_path):
 
     def start(*arguments, **environment):
         return subprocess.Popen(
-            [sys.executable, "-c", "from sah_bench.cli import main; main()", *arguments],
+            [sys.executable, "-c", PROGRAM, *arguments],
             env={**os.environ, "PYTHONPATH": path, **environment},
             cwd=tmp_path,
             stdout=subprocess.PIPE,
