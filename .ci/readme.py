@@ -63,6 +63,16 @@ def matches(shown: str, printed: str) -> bool:
     return re.fullmatch(pattern, "".join(f"{line}\n" for line in lines_of(printed))) is not None
 
 
+PIP = """#!/bin/sh
+if [ "$1" = install ]; then
+    shift
+    set -- install --target '{site}' "$@"
+fi
+exec '{python}' -m pip "$@"
+"""
+"""A pip that installs into a folder of the page's own."""
+
+
 class Page:
     """A file of the documentation and the folder in which its blocks run."""
 
@@ -74,12 +84,17 @@ class Page:
         self.namespace = {"__name__": "__main__"}
         site = str(folder / "site-packages")
         search = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH", "")]))
-        programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        own = folder / "programs"
+        own.mkdir(exist_ok=True)
+        # PIP_TARGET would reach the environments in which pip builds, where it is not understood
+        (own / "pip").write_text(PIP.format(python=sys.executable, site=site))
+        (own / "pip").chmod(0o755)
+        folders = [str(own), str(Path(sys.executable).parent), os.environ["PATH"]]
+        programs = os.pathsep.join(folders)
         self.environment = {
             **os.environ,
             "PATH": programs,
             "PYTHONPATH": search,
-            "PIP_TARGET": site,
             "PIP_QUIET": "1",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         }
