@@ -288,7 +288,7 @@ def test_top_k_of_scores_that_are_few_levels_is_that_of_all_floats(
         topk = sys.modules["sah_plugins.backends.triton.topk"]
         monkeypatch.setattr(topk, "SHORT", 16)
         monkeypatch.setattr(topk, "CHUNK", 64)
-        monkeypatch.setattr(topk, "FEW", 3)
+        monkeypatch.setattr(topk, "SINGLE", 3)
     torch.manual_seed(levels)
     scores = torch.randint(levels, (1, 1, 2, 200)).float()
     scores[0, 0, 0, 7:] = float("-inf")
@@ -297,6 +297,29 @@ def test_top_k_of_scores_that_are_few_levels_is_that_of_all_floats(
         right = REFERENCE.masked_topk(scores, capacity)
         same_choice(ops.masked_topk(scores, capacity, levels=levels), right)
         same_choice(ops.masked_topk(scores, capacity), right)
+
+
+@pytest.mark.parametrize("aside", [2, 16])
+@pytest.mark.parametrize("spread", [1e-4, 1.0, 1e4])
+def test_top_k_of_long_rows_puts_those_aside_that_share_the_leading_bits_of_the_last(
+    ops, monkeypatch, aside, spread
+):
+    topk = sys.modules["sah_plugins.backends.triton.topk"]
+    monkeypatch.setattr(topk, "SHORT", 16)
+    monkeypatch.setattr(topk, "CHUNK", 64)
+    monkeypatch.setattr(topk, "FEW", aside)
+    torch.manual_seed(0)
+    scores = 1.0 + spread * torch.randn(2, 2, 2, 300)
+    # ties of the last one, more and fewer than there is room for
+    scores[0, :, 0, 100:110] = scores[0, :, 0].sort(descending=True).values[:, 20:21]
+    scores[1, :, 1, 50:53] = scores[1, :, 1].sort(descending=True).values[:, 24:25]
+    count = torch.tensor([0, 23], dtype=torch.int32).view(1, 2, 1)
+    for capacity in (1, 23, 310):
+        right = REFERENCE.masked_topk(scores, capacity)
+        same_choice(ops.masked_topk(scores, capacity), right)
+    same_choice(
+        ops.masked_topk(scores, 30, count=count), REFERENCE.masked_topk(scores, 30, count=count)
+    )
 
 
 @pytest.mark.parametrize("length", ["short", "long"])
@@ -393,6 +416,29 @@ def test_a_share_of_the_keys_is_what_the_host_computes(ops, fraction):
 
 LABEL_HEADS = [(4, 2, 4), (4, 2, 2), (3, 1, 3)]
 """Query heads, KV heads, and heads that have labels or signatures of their own."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 13])
+@pytest.mark.parametrize(("lists", "kv_heads"), [(4, 2), (2, 2), (1, 2)])
+def test_labels_are_written_as_the_reference_writes_them(ops, lists, kv_heads, bits, dtype):
+    torch.manual_seed(bits)
+    key = torch.randn(2, kv_heads, 21, 16).to(dtype)
+    key[0, 0, 3] = 1.5
+    channels = torch.stack([torch.randperm(16)[:11] for _ in range(lists)])
+    heads = max(lists, kv_heads)
+    words = -(-11 * code_width(bits) // 32)
+
+    def written(ops):
+        labels = torch.zeros(2, heads, 40, words, dtype=torch.int32)
+        affine = torch.zeros(2, heads, 40, 2, dtype=dtype)
+        ops.label_update(labels, affine, key[:, :, :20], channels, 3, bits)
+        at = torch.tensor([23], dtype=torch.int32)
+        ops.label_update(labels, affine, key[:, :, 20:], channels, at, bits)
+        return labels, affine
+
+    for got, right in zip(written(ops), written(REFERENCE), strict=True):
+        assert torch.equal(got, right)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "max"])

@@ -327,15 +327,18 @@ def plan_for(keys: int, tiles: int, dims: int, itemsize: int, units: int) -> Pla
         itemsize: Bytes per element.
         units: Multiprocessors.
     """
-    lanes = 32 if dims * itemsize <= 512 else 16
-    blocks = max(1, -(-keys // lanes))
     wanted = max(1, 2 * units // tiles)
+    # the few rows of a decode step wait for memory: larger blocks have more loads under way
+    wide = tiles <= units and dims * itemsize <= 256 and keys >= 128 * min(wanted, 64)
+    lanes = 64 if wide else 32 if dims * itemsize <= 512 else 16
+    blocks = max(1, -(-keys // lanes))
     splits = 1
     while splits * 2 <= min(wanted, blocks, 64):
         splits *= 2
-    few = blocks <= splits
-    # an index, the key that it names and the next index are under way at once: five stages
-    return Plan(lanes, splits, warps=2 if few else 4, stages=1 if few else 5)
+    if blocks <= splits:
+        return Plan(lanes, splits, warps=2, stages=1)
+    # an index, the key that it names and the next index are under way at once
+    return Plan(lanes, splits, warps=2, stages=3) if wide else Plan(lanes, splits, 4, 5)
 
 
 class Tickets:

@@ -1,7 +1,7 @@
-"""Kernels that score packed codes: label caches (Double Sparsity) and signatures (HashAttention).
+"""Kernels for packed codes: label caches (Double Sparsity) and signatures (HashAttention).
 
-Every program reads the words of a block of keys once, as they lie in memory, and unpacks them in
-registers. What the query heads of a KV group share is reduced before anything is written.
+A scoring program reads the words of a block of keys once, as they lie in memory, and unpacks them
+in registers. What the query heads of a KV group share is reduced before anything is written.
 """
 
 from __future__ import annotations
@@ -115,6 +115,101 @@ def _set_bits(words):
     words = (words + (words >> 4)) & 0x0F0F0F0F
     words = words + (words >> 8)
     return (words + (words >> 16)) & 0x3F
+
+
+@triton.jit
+def _nearest(value, TYPE: tl.constexpr):
+    # rounded to a type, ties to even, also where the interpreter would cut bfloat16 off
+    if TYPE == tl.bfloat16:  # noqa: SIM300  (a constexpr compares from the left)
+        bits = value.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return bits.to(tl.float32, bitcast=True)
+    return value.to(TYPE).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["new"])
+def _label_update(
+    labels, affine, key, channels, start, new, heads, per_list, per_kv_head,
+    l_sb, l_sh, l_sk, l_sw, a_sb, a_sh, a_sk, a_si, k_sb, k_sh, k_sk, k_sd,
+    COUNT: tl.constexpr, WIDTH: tl.constexpr, LEVELS: tl.constexpr, WORDS: tl.constexpr,
+    WORD_BLOCK: tl.constexpr, BLOCK: tl.constexpr, ON_DEVICE: tl.constexpr,
+):  # fmt: skip
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    if ON_DEVICE:
+        begin = tl.load(start)
+    else:
+        begin = tl.zeros([], tl.int32) + start
+    PER_WORD: tl.constexpr = 32 // WIDTH
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    field = tl.arange(0, WORD_BLOCK * PER_WORD)
+    held = (field < COUNT)[None, :]
+    fits = at < new
+    channel = tl.load(channels + head // per_list * COUNT + field, mask=field < COUNT, other=0)
+    value = tl.load(
+        key + b * k_sb + head // per_kv_head * k_sh + at.to(tl.int64)[:, None] * k_sk
+        + channel[None, :] * k_sd,
+        mask=fits[:, None] & held,
+        other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    least = tl.min(tl.where(held, value, float("inf")), 1)
+    most = tl.max(tl.where(held, value, float("-inf")), 1)
+    step = tl.math.div_rn(most - least, tl.full([BLOCK], LEVELS, tl.float32))
+    # the codes are those of the step as it is kept
+    step = _nearest(step, affine.dtype.element_ty)
+    step = tl.where(step > 0, step, 1.0)
+    code = tl.math.div_rn(value - least[:, None], tl.broadcast_to(step[:, None], value.shape))
+    # adding 1.5 * 2^23 rounds to the nearest integer, ties to even
+    code = (code + 12582912.0) - 12582912.0
+    code = tl.minimum(tl.maximum(code, 0.0), LEVELS).to(tl.int32)
+    code = tl.reshape(tl.where(held, code, 0), (BLOCK, WORD_BLOCK, PER_WORD))
+    # fields do not overlap, so that the sum is their union
+    packed = tl.sum(code << (tl.arange(0, PER_WORD) * WIDTH)[None, None, :], 2)
+    word = tl.arange(0, WORD_BLOCK)
+    place = (begin + at).to(tl.int64)
+    tl.store(
+        labels + b * l_sb + head * l_sh + place[:, None] * l_sk + word[None, :] * l_sw,
+        packed,
+        mask=fits[:, None] & (word < WORDS)[None, :],
+    )
+    spot = affine + b * a_sb + head * a_sh + place * a_sk
+    tl.store(spot, step.to(affine.dtype.element_ty), mask=fits)
+    tl.store(spot + a_si, least.to(affine.dtype.element_ty), mask=fits)
+
+
+def label_update(
+    labels: Tensor,
+    affine: Tensor,
+    key: Tensor,
+    channels: Tensor,
+    start: int | Tensor,
+    bits: int,
+    width: int,
+) -> None:
+    """See `sah_core.ops.Ops.label_update`, for labels of less than 16 bits.
+
+    Args:
+        labels: Codes.
+        affine: Step and minimum of each label.
+        key: New keys.
+        channels: Channels that a label holds.
+        start: Key index of the first new key.
+        bits: Bits per channel.
+        width: Bits of a code's field.
+    """
+    batch, kv_heads, new, _ = key.shape
+    if not new:
+        return
+    heads, words = labels.shape[1], labels.shape[3]
+    lists, count = channels.shape
+    word_block = triton.next_power_of_2(words)
+    block = max(1, min(triton.next_power_of_2(new), 2048 // (word_block * 32 // width)))
+    _label_update[(-(-new // block), batch * heads)](
+        labels, affine, key, channels.contiguous(), start, new, heads, heads // lists,
+        heads // kv_heads, *labels.stride(), *affine.stride(), *key.stride(),
+        COUNT=count, WIDTH=width, LEVELS=2**bits - 1, WORDS=words, WORD_BLOCK=word_block,
+        BLOCK=block, ON_DEVICE=not isinstance(start, int), num_warps=1 if block == 1 else 4,
+    )  # fmt: skip
 
 
 def label_scores(

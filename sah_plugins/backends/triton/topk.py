@@ -4,7 +4,10 @@ Rows that fit into the registers of one program are done in one launch: the k-th
 found by cutting the range of scores in three, then the chosen are written in index order. Longer
 rows are cut into chunks: each launch finds eight bits more of the k-th largest score from
 histograms of the chunks, which the last chunk of a row to finish adds up, and one launch writes.
-Scores of few levels need one launch of the first kind, or two. Random scores are made in registers.
+Where few scores share the first 16 bits with the k-th largest, as they do unless many are equal or
+nearly so, the launches for the other bits do nothing: the last one writes what is chosen for sure,
+puts those few aside, and its last chunk of a row chooses among them. Scores of few levels need one
+launch of the first kind, or two. Random scores are made in registers.
 """
 
 from __future__ import annotations
@@ -26,8 +29,10 @@ CHUNK = 4096
 MAX_TAKEN = 4
 PART = 16
 """Histograms added up at once."""
-FEW = 256
+SINGLE = 256
 """Scores of a chunk that are counted one by one at most."""
+FEW = 2048
+"""Scores of a row that are put aside at most; fewer in shorter rows."""
 
 
 @triton.jit
@@ -123,6 +128,29 @@ def _wanted(count, b, head, row, capacity, n_sb, n_sh, n_sr, HAS_COUNT: tl.const
     return tl.maximum(wanted, 0)
 
 
+@triton.jit
+def _edge(code, wanted, reached):
+    # the code that `wanted` of `reached` candidates or more have or surpass, and fewer surpass:
+    # `wanted` or more reach `edge`, fewer reach `far`; what lies between is cut in three until
+    # exactly those wanted reach `edge`, or until it is the one score at which they tie
+    far = tl.max(code) + 1
+    edge = tl.where(wanted > 0, tl.min(tl.where(code > 0, code, 0xFFFFFFFF)), far)
+    reached = tl.where(wanted > 0, reached, 0)
+    while (reached > wanted) & (far - edge > 1):
+        third = tl.maximum((far - edge) // 3, 1)
+        one = edge + third
+        two = tl.minimum(one + third, far)
+        both = tl.sum((code >= one).to(tl.int32) + tl.where(code >= two, 1 << 16, 0))
+        reach_one = both & 0xFFFF
+        reach_two = both >> 16
+        far = tl.where(reach_two >= wanted, far, tl.where(reach_one >= wanted, two, one))
+        edge = tl.where(reach_two >= wanted, two, tl.where(reach_one >= wanted, one, edge))
+        reached = tl.where(
+            reach_two >= wanted, reach_two, tl.where(reach_one >= wanted, reach_one, reached)
+        )
+    return edge
+
+
 @triton.jit(do_not_specialize=["a_s_off", "a_e_off", "b_s_off", "b_e_off", "c_s_off", "c_e_off",
                                "d_s_off", "d_e_off", "candidates", "capacity",
                                "state"])  # fmt: skip
@@ -153,23 +181,7 @@ def _select_short(
     wanted = _wanted(count, b, head, row, capacity, n_sb, n_sh, n_sr, HAS_COUNT)
     reached = tl.sum((code > 0).to(tl.int32))
     wanted = tl.minimum(wanted, reached)
-    # `wanted` candidates or more reach `edge`, fewer reach `far`: cut what lies between in three
-    # until exactly those wanted reach `edge`, or until it is the one score at which they tie
-    far = tl.max(code) + 1
-    edge = tl.where(wanted > 0, tl.min(tl.where(code > 0, code, 0xFFFFFFFF)), far)
-    reached = tl.where(wanted > 0, reached, 0)
-    while (reached > wanted) & (far - edge > 1):
-        third = tl.maximum((far - edge) // 3, 1)
-        one = edge + third
-        two = tl.minimum(one + third, far)
-        both = tl.sum((code >= one).to(tl.int32) + tl.where(code >= two, 1 << 16, 0))
-        reach_one = both & 0xFFFF
-        reach_two = both >> 16
-        far = tl.where(reach_two >= wanted, far, tl.where(reach_one >= wanted, two, one))
-        edge = tl.where(reach_two >= wanted, two, tl.where(reach_one >= wanted, one, edge))
-        reached = tl.where(
-            reach_two >= wanted, reach_two, tl.where(reach_one >= wanted, reach_one, reached)
-        )
+    edge = _edge(code, wanted, reached)
     over = code > edge
     level = code == edge
     packed = tl.cumsum(over.to(tl.int32) + (level.to(tl.int32) << 16), 0)
@@ -197,7 +209,8 @@ def _narrow(
     n_sb, n_sh, n_sr, s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, r_sb, state,
     PAGE: tl.constexpr, TAKEN: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_START: tl.constexpr,
     HAS_STOP: tl.constexpr, HAS_ORIGIN: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr, PART: tl.constexpr, FEW: tl.constexpr,
+    BLOCK: tl.constexpr, FEW: tl.constexpr, STEP: tl.constexpr, PART: tl.constexpr,
+    SINGLE: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(1)
     chunk = tl.program_id(0)
@@ -205,95 +218,102 @@ def _narrow(
     row = line % query_len
     head = (line // query_len) % heads
     b = line // (query_len * heads)
-    at = chunk * BLOCK + tl.arange(0, BLOCK)
-    code = _candidates(
-        scores, start, stop, origin, positions, firsts, at, line, b, head, row, candidates,
-        a_start, a_stop, b_start, b_stop, c_start, c_stop, d_start, d_stop,
-        a_sb, a_sr, a_s_off, a_eb, a_er, a_e_off, b_sb, b_sr, b_s_off, b_eb, b_er, b_e_off,
-        c_sb, c_sr, c_s_off, c_eb, c_er, c_e_off, d_sb, d_sr, d_s_off, d_eb, d_er, d_e_off,
-        s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, r_sb, state,
-        PAGE, TAKEN, HAS_START, HAS_STOP, HAS_ORIGIN, KIND,
-    )  # fmt: skip
     SHIFT: tl.constexpr = BITS - 8 - 8 * STEP
-    known += line * 2
-    eligible = code > 0
-    edge = tl.zeros([], tl.uint32)
-    over = tl.zeros([], tl.int32)
-    if STEP > 0:
-        edge = tl.load(known).to(tl.uint32, bitcast=True)
-        lead = code >> (SHIFT + 8)
-        over = tl.sum((lead > (edge >> (SHIFT + 8))).to(tl.int32))
-        eligible = eligible & (lead == (edge >> (SHIFT + 8)))
-    digit = ((code >> SHIFT) & 255).to(tl.int32)
-    bins = tl.arange(0, 256)
+    known += line * 3
     tallies += line.to(tl.int64) * chunks * 256
     held += line * chunks * 2
-    own = tallies + chunk * 256
-    if STEP == 0:
-        tl.store(own + bins, tl.histogram(digit, 256, mask=eligible))
-    else:
-        # a histogram costs the same however few are counted; single additions do not
-        if tl.sum(eligible.to(tl.int32)) > FEW:
+    needed = True
+    if STEP > 1:
+        needed = tl.load(known + 2) > FEW
+    if needed:
+        at = chunk * BLOCK + tl.arange(0, BLOCK)
+        code = _candidates(
+            scores, start, stop, origin, positions, firsts, at, line, b, head, row, candidates,
+            a_start, a_stop, b_start, b_stop, c_start, c_stop, d_start, d_stop,
+            a_sb, a_sr, a_s_off, a_eb, a_er, a_e_off, b_sb, b_sr, b_s_off, b_eb, b_er, b_e_off,
+            c_sb, c_sr, c_s_off, c_eb, c_er, c_e_off, d_sb, d_sr, d_s_off, d_eb, d_er, d_e_off,
+            s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, r_sb, state,
+            PAGE, TAKEN, HAS_START, HAS_STOP, HAS_ORIGIN, KIND,
+        )  # fmt: skip
+        eligible = code > 0
+        edge = tl.zeros([], tl.uint32)
+        over = tl.zeros([], tl.int32)
+        if STEP > 0:
+            edge = tl.load(known).to(tl.uint32, bitcast=True)
+            lead = code >> (SHIFT + 8)
+            over = tl.sum((lead > (edge >> (SHIFT + 8))).to(tl.int32))
+            eligible = eligible & (lead == (edge >> (SHIFT + 8)))
+        digit = ((code >> SHIFT) & 255).to(tl.int32)
+        bins = tl.arange(0, 256)
+        own = tallies + chunk * 256
+        if STEP == 0:
             tl.store(own + bins, tl.histogram(digit, 256, mask=eligible))
         else:
-            tl.store(own + bins, tl.zeros([256], tl.int32))
-            tl.debug_barrier()
-            tl.atomic_add(own + digit, 1, mask=eligible, sem="relaxed")
-    if SHIFT == 0:
+            # a histogram costs the same however few are counted; single additions do not
+            if tl.sum(eligible.to(tl.int32)) > SINGLE:
+                tl.store(own + bins, tl.histogram(digit, 256, mask=eligible))
+            else:
+                tl.store(own + bins, tl.zeros([256], tl.int32))
+                tl.debug_barrier()
+                tl.atomic_add(own + digit, 1, mask=eligible, sem="relaxed")
         tl.store(held + chunk * 2, over)
-    # every thread's counts must be written before the ticket says so
-    tl.debug_barrier()
-    last = tl.atomic_add(tickets + line, 1, sem="acq_rel") == chunks - 1
-    if last:
-        tl.store(tickets + line, 0)
-        every = tl.zeros([256], tl.int32)
-        for begin in range(0, chunks, PART):
-            part = begin + tl.arange(0, PART)
-            spot = part[:, None] * 256 + bins[None, :]
-            tile = tl.load(
-                tallies + spot, mask=(part < chunks)[:, None], other=0, cache_modifier=".cg"
-            )
-            every += tl.sum(tile, 0)
-        reach = tl.sum(every) - tl.cumsum(every, 0) + every
-        if STEP == 0:
-            missing = _wanted(count, b, head, row, capacity, n_sb, n_sh, n_sr, HAS_COUNT)
-            missing = tl.minimum(missing, tl.sum(every))
-            tl.store(chosen + line, missing)
-        else:
-            missing = tl.load(known + 1)
-        best = tl.sum((reach >= missing).to(tl.int32)) - 1
-        missing -= tl.sum(tl.where(bins > best, every, 0))
-        edge += best.to(tl.uint32) << SHIFT
-        tl.store(known, edge.to(tl.int32, bitcast=True))
-        tl.store(known + 1, missing)
-        if SHIFT == 0:
-            # what the chunks before each one hold
-            over_before = tl.zeros([], tl.int32)
-            tied_before = tl.zeros([], tl.int32)
+        # every thread's counts must be written before the ticket says so
+        tl.debug_barrier()
+        last = tl.atomic_add(tickets + line, 1, sem="acq_rel") == chunks - 1
+        if last:
+            tl.store(tickets + line, 0)
+            every = tl.zeros([256], tl.int32)
             for begin in range(0, chunks, PART):
                 part = begin + tl.arange(0, PART)
-                spot = part[:, None] * 256 + bins[None, :]
-                tile = tl.load(
-                    tallies + spot, mask=(part < chunks)[:, None], other=0, cache_modifier=".cg"
-                )
-                above = tl.load(held + part * 2, mask=part < chunks, other=0, cache_modifier=".cg")
-                above += tl.sum(tl.where((bins > best)[None, :], tile, 0), 1)
-                tied = tl.sum(tl.where((bins == best)[None, :], tile, 0), 1)
-                # the counts are read by all before the first of them is overwritten
-                tl.debug_barrier()
-                ahead = over_before + tl.cumsum(above, 0) - above
-                tl.store(held + part * 2, ahead, mask=part < chunks)
-                ahead = tied_before + tl.cumsum(tied, 0) - tied
-                tl.store(held + part * 2 + 1, ahead, mask=part < chunks)
-                over_before += tl.sum(above)
-                tied_before += tl.sum(tied)
+                every += tl.sum(_tally(tallies, part, chunks), 0)
+            reach = tl.sum(every) - tl.cumsum(every, 0) + every
+            if STEP == 0:
+                missing = _wanted(count, b, head, row, capacity, n_sb, n_sh, n_sr, HAS_COUNT)
+                missing = tl.minimum(missing, tl.sum(every))
+                tl.store(chosen + line, missing)
+            else:
+                missing = tl.load(known + 1)
+            best = tl.sum((reach >= missing).to(tl.int32)) - 1
+            missing -= tl.sum(tl.where(bins > best, every, 0))
+            edge += best.to(tl.uint32) << SHIFT
+            level = tl.sum(tl.where(bins == best, every, 0))
+            tl.store(known, edge.to(tl.int32, bitcast=True))
+            tl.store(known + 1, missing)
+            if STEP == 1:
+                tl.store(known + 2, level)
+            if (SHIFT == 0) | ((STEP == 1) & (level <= FEW)):
+                # what the chunks before each one hold
+                over_before = tl.zeros([], tl.int32)
+                tied_before = tl.zeros([], tl.int32)
+                for begin in range(0, chunks, PART):
+                    part = begin + tl.arange(0, PART)
+                    tile = _tally(tallies, part, chunks)
+                    above = tl.load(
+                        held + part * 2, mask=part < chunks, other=0, cache_modifier=".cg"
+                    )
+                    above += tl.sum(tl.where((bins > best)[None, :], tile, 0), 1)
+                    tied = tl.sum(tl.where((bins == best)[None, :], tile, 0), 1)
+                    # the counts are read by all before the first of them is overwritten
+                    tl.debug_barrier()
+                    ahead = over_before + tl.cumsum(above, 0) - above
+                    tl.store(held + part * 2, ahead, mask=part < chunks)
+                    ahead = tied_before + tl.cumsum(tied, 0) - tied
+                    tl.store(held + part * 2 + 1, ahead, mask=part < chunks)
+                    over_before += tl.sum(above)
+                    tied_before += tl.sum(tied)
+
+
+@triton.jit
+def _tally(tallies, part, chunks):
+    spot = part[:, None] * 256 + tl.arange(0, 256)[None, :]
+    return tl.load(tallies + spot, mask=(part < chunks)[:, None], other=0, cache_modifier=".cg")
 
 
 @triton.jit(do_not_specialize=["a_s_off", "a_e_off", "b_s_off", "b_e_off", "c_s_off", "c_e_off",
                                "d_s_off", "d_e_off", "candidates", "capacity",
                                "state"])  # fmt: skip
 def _write_long(
-    scores, known, held, chosen, count, start, stop, origin, positions, firsts,
+    scores, known, aside, held, tickets, chosen, count, start, stop, origin, positions, firsts,
     a_start, a_stop, b_start, b_stop, c_start, c_stop, d_start, d_stop,
     a_sb, a_sr, a_s_off, a_eb, a_er, a_e_off, b_sb, b_sr, b_s_off, b_eb, b_er, b_e_off,
     c_sb, c_sr, c_s_off, c_eb, c_er, c_e_off, d_sb, d_sr, d_s_off, d_eb, d_er, d_e_off,
@@ -301,7 +321,7 @@ def _write_long(
     n_sb, n_sh, n_sr, s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, r_sb, state, indices,
     PAGE: tl.constexpr, TAKEN: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_START: tl.constexpr,
     HAS_STOP: tl.constexpr, HAS_ORIGIN: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
-    BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr, FEW: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(1)
     chunk = tl.program_id(0)
@@ -318,22 +338,55 @@ def _write_long(
         s_sb, s_sh, s_sr, e_sb, e_sh, e_sr, f_sb, r_sb, state,
         PAGE, TAKEN, HAS_START, HAS_STOP, HAS_ORIGIN, KIND,
     )  # fmt: skip
-    edge = tl.load(known + line * 2).to(tl.uint32, bitcast=True)
-    missing = tl.load(known + line * 2 + 1)
+    edge = tl.load(known + line * 3).to(tl.uint32, bitcast=True)
+    missing = tl.load(known + line * 3 + 1)
     over_before = tl.load(held + (line * chunks + chunk) * 2)
     tied_before = tl.load(held + (line * chunks + chunk) * 2 + 1)
-    over = code > edge
-    level = code == edge
+    few = tl.zeros([], tl.int32)
+    below = tl.zeros([], tl.uint32)
+    if BITS > 16:
+        few += (tl.load(known + line * 3 + 2) <= FEW).to(tl.int32)
+        # bits of the edge that are not known
+        below += (few * ((1 << (BITS - 16)) - 1)).to(tl.uint32)
+    over = code > (edge | below)
+    level = (code | below) == (edge | below)
     running = tl.cumsum(over.to(tl.int32) + (level.to(tl.int32) << 16), 0)
     tied = tied_before + (running >> 16)
-    take = over | (level & (tied <= missing))
-    slot = over_before + (running & 0xFFFF) + tl.minimum(tied, missing) - 1
+    # of those put aside none is taken here
+    ties = missing * (1 - few)
+    take = over | (level & (tied <= ties))
+    slot = over_before + (running & 0xFFFF) + tl.minimum(tied, ties) - 1
     indices += line.to(tl.int64) * capacity
     tl.store(indices + slot, at, mask=take)
+    if BITS > 16:
+        aside += line.to(tl.int64) * 2 * FEW
+        later = level & (tied <= few * FEW)
+        tl.store(aside + tied - 1, (code & below).to(tl.int32), mask=later)
+        tl.store(aside + FEW + tied - 1, at, mask=later)
     wanted = tl.load(chosen + line)
     for begin in range(chunk * SLOTS, capacity, chunks * SLOTS):
         rest = begin + tl.arange(0, SLOTS)
         tl.store(indices + rest, -1, mask=(rest >= wanted) & (rest < capacity))
+    if few > 0:
+        # every thread's part must be written before the ticket says so
+        tl.debug_barrier()
+        last = tl.atomic_add(tickets + line, 1, sem="acq_rel") == chunks - 1
+        if last:
+            tl.store(tickets + line, 0)
+            spot = tl.arange(0, FEW)
+            there = spot < tl.load(known + line * 3 + 2)
+            low = tl.load(aside + spot, mask=there, other=-1, cache_modifier=".cg")
+            code = (low + 1).to(tl.uint32, bitcast=True)
+            edge = _edge(code, missing, tl.sum(there.to(tl.int32)))
+            over = code > edge
+            level = code == edge
+            running = tl.cumsum(over.to(tl.int32) + (level.to(tl.int32) << 16), 0)
+            tied = running >> 16
+            open_ties = missing - tl.sum(over.to(tl.int32))
+            take = over | (level & (tied <= open_ties))
+            slot = wanted - missing + (running & 0xFFFF) + tl.minimum(tied, open_ties) - 1
+            at = tl.load(aside + FEW + spot, mask=there, other=-1, cache_modifier=".cg")
+            tl.store(indices + slot, at, mask=take)
 
 
 @triton.jit(do_not_specialize=["state"])
@@ -513,18 +566,20 @@ def _select(
         )
         return indices, chosen
     chunks = -(-candidates // CHUNK)
-    room = torch.empty(lines * (chunks * 258 + 2), dtype=torch.int32, device=device)
-    tallies, rest = room[: lines * chunks * 256], room[lines * chunks * 256 :]
-    held, known = rest[: lines * chunks * 2], rest[lines * chunks * 2 :]
+    few = min(FEW, max(16, triton.next_power_of_2(candidates) // 64))
+    sizes = [lines * chunks * 256, lines * chunks * 2, lines * 3, lines * 2 * few]
+    room = torch.empty(sum(sizes), dtype=torch.int32, device=device)
+    tallies, held, known, aside = room.split(sizes)
     tickets = TICKETS.take(lines, device)
-    facts |= {"BITS": bits, "BLOCK": CHUNK}
+    facts |= {"BITS": bits, "BLOCK": CHUNK, "FEW": few}
     part = min(PART, triton.next_power_of_2(chunks))
     for step in range(bits // 8):
         _narrow[(chunks, lines)](
             scores, known, tallies, held, tickets, chosen, *tail, **facts,
-            STEP=step, PART=part, FEW=FEW, num_warps=8,
+            STEP=step, PART=part, SINGLE=SINGLE, num_warps=8,
         )  # fmt: skip
     _write_long[(chunks, lines)](
-        scores, known, held, chosen, *tail, indices, **facts, SLOTS=slots, num_warps=16
-    )
+        scores, known, aside, held, tickets, chosen, *tail, indices, **facts,
+        SLOTS=slots, num_warps=16,
+    )  # fmt: skip
     return indices, chosen
