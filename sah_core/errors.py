@@ -55,11 +55,21 @@ def short_repr(value: object) -> str:
     return f"{text[:half]}...{text[-half:]}"
 
 
+SHORTEST_ABBREVIATION = 3
+"""Letters from which on the start of a name is taken for the name cut short."""
+
+
 def nearest_names(name: str, names: Iterable[str]) -> tuple[str, ...]:
-    """The at most three of `names` that a slip could have turned into `name`, nearest first."""
+    """The at most three of `names` that a slip could have turned into `name`, nearest first; those
+    that it begins, as an abbreviation does, stand behind.
+    """
     from difflib import get_close_matches
 
-    return tuple(get_close_matches(name, sorted(names), n=3, cutoff=0.6))
+    known = sorted(names)
+    found = get_close_matches(name, known, n=3, cutoff=0.6)
+    if len(name) >= SHORTEST_ABBREVIATION:
+        found += [other for other in known if other.startswith(name) and other not in found]
+    return tuple(found[:3])
 
 
 def _did_you_mean(nearest: tuple[str, ...]) -> str:

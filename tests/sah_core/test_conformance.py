@@ -443,6 +443,33 @@ class ListsOnTheHost(CountsOnTheHost):
 
 
 @attrs.frozen(kw_only=True)
+class IgnoresItsBound(CountsOnTheHost):
+    """Declares the bound of an unbounded selection and does not keep to it."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(unbounded=True)
+    max_size: Size | None = param(None, type=Size, help="Most keys.")
+
+    def select(self, inputs):
+        if self.max_size is None:
+            return Mask.full(inputs.shape)
+        return super().select(inputs)
+
+
+@attrs.frozen(kw_only=True)
+class ForgetsItsBound(Wrong):
+    """Bounded, it takes the keys at the end of the buffer."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(unbounded=True)
+    max_size: Size | None = param(None, type=Size, help="Most keys.")
+
+    def select(self, inputs):
+        if self.max_size is None:
+            return Mask.full(inputs.shape)
+        last = torch.full((1, 1, 1, 1), inputs.capacity - 1, device=inputs.device)
+        return Mask.from_indices(inputs.shape, last)
+
+
+@attrs.frozen(kw_only=True)
 class PicksByFlags(Wrong):
     """Picks the rows of a boolean mask."""
 
@@ -583,6 +610,8 @@ MISTAKES = [
     (SharedByTwo(), "same_masker_twice", "second of two.*for itself"),
     (SharedByAll(), "same_masker_twice", "two requests at a time"),
     (CountsOnTheHost(), "no_host_sync", r"reads a number from the device.*inputs.budget"),
+    (IgnoresItsBound(), "no_host_sync", "reads a number from the device"),
+    (ForgetsItsBound(), "captured_decode", "read inputs.length"),
     (ListsOnTheHost(), "no_host_sync", "copies host data to the device"),
     (PicksByFlags(), "no_host_sync", "indexes by a boolean mask"),
     (OnTheHost(), "device", "its mask holds a tensor on cpu.*device=inputs.device"),
@@ -607,6 +636,16 @@ def test_a_mistake_is_caught_by_its_check_which_says_what_to_change(masker, chec
     assert "\n" not in result.message
     with pytest.raises(AssertionError, match=advice):
         raise AssertionError(result.message)
+
+
+@pytest.mark.parametrize("check", ["no_host_sync", "captured_decode"])
+def test_a_masker_that_no_parameter_bounds_skips_what_needs_a_bound(check):
+    class Unbounded(Right):
+        capabilities: ClassVar[Capabilities] = Capabilities(unbounded=True)
+
+    [result] = run_checks(Unbounded(), [getattr(module, f"check_{check}")])
+    assert result.status == "skipped"
+    assert "unbounded" in result.message
 
 
 def test_without_the_mistake_they_pass():

@@ -159,6 +159,12 @@ def test_nearest_names_come_nearest_first():
     assert errors.nearest_names("quset", ["sink", "quest", "local"]) == ("quest",)
 
 
+def test_a_name_cut_short_is_near_to_what_it_begins():
+    names = ["temperature", "tokens", "top_p", "temper"]
+    assert errors.nearest_names("temp", names) == ("temper", "temperature")
+    assert errors.nearest_names("te", names) == ()
+
+
 def test_options_of_a_call_are_not_taken_for_a_plugin():
     text = str(errors.ParameterError("request", "max_context_length", 0, "an integer >= 1"))
     assert text == "request: max_context_length = 0 is not allowed: expected an integer >= 1."
