@@ -31,6 +31,8 @@ class Allowed:
         known_first: ``first`` as host ints where the maker of the limits knew them, which saves a
             host sync.
         known_bounds: Likewise ``start`` and ``stop``, as lists ``[batch | 1][query_len | 1]``.
+        window: Tokens of the model's sliding window or chunk, where the limits were made from one;
+            ``start`` says it too, but only where the keys are more.
     """
 
     start: Tensor
@@ -39,6 +41,7 @@ class Allowed:
     keep: Tensor | None = None
     known_first: tuple[int, ...] | None = None
     known_bounds: tuple[list[list[int]], list[list[int]]] | None = None
+    window: int | None = None
 
     @classmethod
     def causal(
@@ -74,7 +77,9 @@ class Allowed:
         start = first.view(-1, 1, 1)
         if window is not None:
             start = torch.maximum(start, stop - window)
-        return cls(start, stop, first, known_first=known_first, known_bounds=known_bounds)
+        return cls(
+            start, stop, first, known_first=known_first, known_bounds=known_bounds, window=window
+        )
 
     @classmethod
     def everything(cls, key_len: int, *, device: torch.device | str = "cpu") -> Allowed:
@@ -129,6 +134,7 @@ class Allowed:
                 keep=None if self.keep is None else self.keep.to(target),
                 known_first=self.known_first,
                 known_bounds=self.known_bounds,
+                window=self.window,
             )
         moved: Allowed = self.memo[target]
         return moved
@@ -201,4 +207,5 @@ class Allowed:
             first=self.first,
             keep=None if self.keep is None else cut(self.keep),
             known_first=self.known_first,
+            window=self.window,
         )

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -89,7 +90,7 @@ def limits(
         )
         if dense is None:  # nothing is hidden from anything
             return Allowed.everything(kv_length, device=device)
-        return Allowed.from_dense(dense)
+        return attrs.evolve(Allowed.from_dense(dense), window=local_size)
     offset = int(q_offset) - int(kv_offset)
     known = _paddings[-1] if _paddings else ()
     if known and attention_mask is not None:
@@ -102,7 +103,7 @@ def limits(
     )
     if keep is None:
         return allowed
-    return Allowed(allowed.start, allowed.stop, allowed.first, keep)
+    return Allowed(allowed.start, allowed.stop, allowed.first, keep, window=window)
 
 
 def padding_structure(
@@ -177,7 +178,9 @@ def causal_limits(
     allowed = Allowed.causal(
         query_len, key_len, device=device, first=first, window=window, offset=offset
     )
-    return Allowed(allowed.start, allowed.stop, first, known_first=tuple(padding))
+    return Allowed(
+        allowed.start, allowed.stop, first, known_first=tuple(padding), window=window
+    )
 
 
 def is_sliding_window(
@@ -542,6 +545,12 @@ def kind_of(layer: Any) -> str | None:
         "DummyLayer",
     )
     return "copy" if type(layer).__name__ in in_place else None
+
+
+def window_of(layer: Any) -> int | None:
+    """Tokens that a cache layer keeps; None where it keeps them all."""
+    window = getattr(layer, "sliding_window", None)
+    return window if isinstance(window, int) else None
 
 
 def repeated_cache(kv_cache: Any, repeats: int) -> Any:

@@ -3,7 +3,7 @@
 Declarations of a model class say little: some models that use the attention interface do not
 declare it, and some that declare it add something to their attention that neither mask nor cache
 shows. So every model is tried once on a few tokens before its first sparse pass: reading them in
-one go with its own attention, and in three pieces (prefill, question, decode) on a cache of ours
+one go with its own attention, and in pieces (prefill, question, decode steps) on a cache of ours
 through our attention with nothing left out. Both must give the same logits.
 """
 
@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 
 from sah_core import compat
+from sah_core.allowed import Allowed
 from sah_core.attention import Session
-from sah_core.errors import PipelineError, UnsupportedError
+from sah_core.errors import PipelineError, SahError, UnsupportedError, one_line
 from sah_core.patching import use
 from sah_core.pipeline import Pipeline
 
-PIECES = (7, 4, 1)
-"""Tokens of prefill, question and decode in a trial."""
+PIECES = (7, 4, 1, 1, 1)
+"""Tokens of prefill, question and decode steps in a trial."""
+PHASES = (7, 4, 3)
+"""The same tokens by phase, each of which must be right."""
 FIRST_TOKEN = 10
 """Low token ids, none of which stands for an image."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4}
@@ -53,11 +56,8 @@ def check_model(model: Any) -> None:
     ids = torch.arange(FIRST_TOKEN, FIRST_TOKEN + sum(PIECES)) % vocabulary
     ids = ids.view(1, -1).to(compat.input_device(model))
     with torch.no_grad(), evaluating(model):
-        try:
-            with compat.own_attention(model):
-                dense = model(input_ids=ids, use_cache=False).logits[0]
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise _refused(model, f"a forward pass of token ids alone fails ({error})") from error
+        with _foreign(model, "a forward pass of token ids alone"), compat.own_attention(model):
+            dense = model(input_ids=ids, use_cache=False).logits[0]
         session = Trial(types)
         kv_cache = compat.make_cache(model, sum(PIECES))
         argument = compat.cache_argument(type(model).forward)
@@ -67,10 +67,12 @@ def check_model(model: Any) -> None:
                 session.start_pass()
                 piece = ids[:, begin : begin + count]
                 begin += count
-                output = model(input_ids=piece, use_cache=True, **{argument: kv_cache})
+                with _foreign(model, "a forward pass through our attention and a cache"):
+                    output = model(input_ids=piece, use_cache=True, **{argument: kv_cache})
                 parts.append(output.logits[0])
-                session.check_pass(model)
-    if relative_error(torch.cat(parts), dense) > TOLERANCE.get(dense.dtype, TOLERANCE_16):
+                session.check_pass(model, kv_cache)
+    pairs = zip(torch.cat(parts).split(PHASES), dense.split(PHASES), strict=True)
+    if max(relative_error(*pair) for pair in pairs) > TOLERANCE.get(dense.dtype, TOLERANCE_16):
         raise _refused(
             model,
             "its logits change when its attention goes through the interface and a cache, so it "
@@ -105,18 +107,31 @@ class Trial(Session):
     def __init__(self, layer_types: tuple[str, ...]) -> None:
         super().__init__(Pipeline.dense(), layer_types)
         self.calls: list[int] = []
+        self.windows: dict[int, int | None] = {}
 
     def start_pass(self) -> None:
         """Forget the layers of the last forward pass."""
         self.calls.clear()
 
-    def attend(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        allowed: Allowed,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         """As of any session."""
         self.calls.append(layer)
-        return super().attend(layer, *args, **kwargs)
+        self.windows[layer] = allowed.window
+        return super().attend(layer, query, key, value, allowed, *args, **kwargs)
 
-    def check_pass(self, model: Any) -> None:
-        """Refuse a model some layers of which did not attend, or did so twice."""
+    def check_pass(self, model: Any, kv_cache: Any) -> None:
+        """Refuse a model some layers of which did not attend, or did so twice, or forget keys that
+        they may attend, which the few tokens of a trial do not show.
+        """
         for layer, layer_type in enumerate(self.layer_types):
             count = self.calls.count(layer)
             if count > 1:
@@ -126,6 +141,16 @@ class Trial(Session):
                     model,
                     f"its layer {layer} ({layer_type}) does not reach transformers' attention "
                     "interface",
+                )
+            kept = compat.window_of(kv_cache.layers[layer]) if count else None
+            window = self.windows.get(layer)
+            if kept is not None and (window is None or window > kept):
+                limit = "no window" if window is None else f"a window of {window}"
+                raise _refused(
+                    model,
+                    f"its configuration lets the cache of layer {layer} ({layer_type}) forget all "
+                    f"but {kept} tokens, but its attention has {limit}; correct the configuration "
+                    "(sliding_window, attention_chunk_size, layer_types)",
                 )
 
 
@@ -147,6 +172,18 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _foreign(model: Any, what: str) -> Iterator[None]:
+    """Turn whatever a model raises when it is tried into one line, but for a lack of memory."""
+    try:
+        yield
+    except (SahError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        text = one_line(f"{type(error).__name__}: {error}")
+        raise _refused(model, f"{what} fails ({text})") from error
 
 
 def _refused(model: Any, reason: str) -> UnsupportedError:

@@ -94,7 +94,7 @@ def test_known_families_pass_and_are_tried_once(models, family):
     check_model(model)
     tried = len(passes)
     check_model(model)
-    assert len(passes) == tried == 4
+    assert len(passes) == tried == 6
 
 
 @pytest.mark.parametrize(
@@ -185,6 +185,55 @@ def test_a_model_that_takes_no_token_ids_is_refused(models):
     model = models.build("llama")
     model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ValueError("needs pixels")))
     assert "needs pixels" in refusal(model)
+
+
+@pytest.mark.parametrize("window", [4, 64])
+@pytest.mark.parametrize("setting", ["sliding_window", "attention_chunk_size"])
+def test_a_cache_that_forgets_what_attention_may_read_is_refused(models, setting, window):
+    # such as a Llama made from a Mistral, whose configuration kept the window: 12 tokens fit into
+    # most windows, so that the logits of a trial do not show it
+    message = refusal(models.build("llama", **{setting: window}))
+    assert f"forget all but {window} tokens, but its attention has no window" in message
+    assert "correct the configuration" in message
+
+
+@pytest.mark.parametrize("tokens", [4, 1])
+def test_one_phase_that_goes_wrong_is_enough_to_refuse(models, tokens):
+    model = models.build("llama")
+    layer = model.model.layers[1].self_attn
+    own = layer.forward
+
+    def forward(hidden_states, **kwargs):
+        output, weights = own(hidden_states, **kwargs)
+        return (output * 1.5 if hidden_states.shape[1] == tokens else output), weights
+
+    layer.forward = forward
+    assert "its logits change" in refusal(model)
+
+
+def test_code_that_needs_a_mask_of_another_form_is_refused():
+    message = refusal(
+        other(
+            "DogeConfig",
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=16,
+        )
+    )
+    assert "through our attention and a cache fails (AttributeError: 'Allowed'" in message
+
+
+def test_a_lack_of_memory_is_no_reason_to_refuse(models):
+    model = models.build("llama")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError), attach(model, "local(2)"):
+        pass
 
 
 # Pipelines that would do nothing
