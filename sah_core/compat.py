@@ -178,9 +178,7 @@ def causal_limits(
     allowed = Allowed.causal(
         query_len, key_len, device=device, first=first, window=window, offset=offset
     )
-    return Allowed(
-        allowed.start, allowed.stop, first, known_first=tuple(padding), window=window
-    )
+    return Allowed(allowed.start, allowed.stop, first, known_first=tuple(padding), window=window)
 
 
 def is_sliding_window(

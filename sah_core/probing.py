@@ -36,7 +36,11 @@ bits.
 """
 TOLERANCE_16 = 0.1
 
+PADDING = 3
+"""Leading tokens of padding in a trial."""
+
 _passed: WeakSet[Any] = WeakSet()
+_padded: WeakSet[Any] = WeakSet()
 
 
 def check_model(model: Any) -> None:
@@ -52,9 +56,7 @@ def check_model(model: Any) -> None:
         return
     compat.check_supported(model)
     types = compat.layer_types(model)
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.arange(FIRST_TOKEN, FIRST_TOKEN + sum(PIECES)) % vocabulary
-    ids = ids.view(1, -1).to(compat.input_device(model))
+    ids = _tokens(model, sum(PIECES))
     with torch.no_grad(), evaluating(model):
         with _foreign(model, "a forward pass of token ids alone"), compat.own_attention(model):
             dense = model(input_ids=ids, use_cache=False).logits[0]
@@ -72,13 +74,60 @@ def check_model(model: Any) -> None:
                 parts.append(output.logits[0])
                 session.check_pass(model, kv_cache)
     pairs = zip(torch.cat(parts).split(PHASES), dense.split(PHASES), strict=True)
-    if max(relative_error(*pair) for pair in pairs) > TOLERANCE.get(dense.dtype, TOLERANCE_16):
+    if max(relative_error(*pair) for pair in pairs) > _tolerance(dense):
         raise _refused(
             model,
             "its logits change when its attention goes through the interface and a cache, so it "
             "does something there that is not known",
         )
     _passed.add(model)
+
+
+def check_padding(model: Any) -> None:
+    """Try once whether a model reads a text behind left padding as it reads it alone; later calls
+    for it return at once.
+
+    Args:
+        model: A transformers causal language model.
+
+    Raises:
+        UnsupportedError: If it does not: some models count positions whatever they are told.
+    """
+    if model in _padded:
+        return
+    ids = _tokens(model, PIECES[0])
+    padding = torch.zeros(1, PADDING, dtype=torch.long, device=ids.device)
+    real = torch.cat([padding, torch.ones_like(ids)], 1)
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        compat.own_attention(model),
+        _foreign(model, "a forward pass of left-padded token ids"),
+    ):
+        alone = model(input_ids=ids, use_cache=False).logits[0]
+        padded = model(
+            input_ids=torch.cat([padding, ids], 1),
+            attention_mask=real,
+            position_ids=(real.cumsum(-1) - 1).clamp(min=0),
+            use_cache=False,
+        ).logits[0, PADDING:]
+    if relative_error(padded, alone) > _tolerance(alone):
+        raise UnsupportedError(
+            what=f"a left-padded batch with model class {type(model).__name__}",
+            reason="its logits change with the padding; ask one request at a time (batch size 1)",
+        )
+    _padded.add(model)
+
+
+def _tokens(model: Any, count: int) -> Tensor:
+    """Token ids for a trial, ``(1, count)``, where the model takes them."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(FIRST_TOKEN, FIRST_TOKEN + count) % vocabulary
+    return ids.view(1, -1).to(compat.input_device(model))
+
+
+def _tolerance(logits: Tensor) -> float:
+    return TOLERANCE.get(logits.dtype, TOLERANCE_16)
 
 
 def check_applies(pipeline: Pipeline, layer_types: Sequence[str]) -> None:

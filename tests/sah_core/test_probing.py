@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache
 
 from sah_core import attach, compat
 from sah_core.errors import PipelineError, UnsupportedError
-from sah_core.probing import check_model, relative_error
+from sah_core.probing import check_model, check_padding, relative_error
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet")]
 
@@ -234,6 +234,39 @@ def test_a_lack_of_memory_is_no_reason_to_refuse(models):
     model.register_forward_pre_hook(full)
     with pytest.raises(torch.OutOfMemoryError), attach(model, "local(2)"):
         pass
+
+
+# Padding
+
+
+def test_a_model_that_counts_positions_over_padding_is_refused_in_batches():
+    model = other(
+        "BartConfig",
+        d_model=16,
+        decoder_layers=1,
+        encoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        init_std=0.3,
+    )
+    check_model(model)
+    with pytest.raises(UnsupportedError) as caught:
+        check_padding(model)
+    assert str(caught.value) == (
+        "a left-padded batch with model class BartForCausalLM is not supported: its logits change "
+        "with the padding; ask one request at a time (batch size 1)"
+    )
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3", "gpt-oss", "deepseek-v3", "qwen3-next", "qwen3-moe"]
+)
+def test_known_families_are_tried_with_padding_once(models, family):
+    model, passes = models.build(family), []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    check_padding(model)
+    check_padding(model)
+    assert len(passes) == 2
 
 
 # Pipelines that would do nothing

@@ -6,9 +6,10 @@ from typing import ClassVar
 import attrs
 import pytest
 import torch
+import transformers
 
 from sah_core import KeyRange, Mask, Masker, Pipeline, Request, hookimpl
-from sah_core.errors import ContextTooLongError, ParameterError, RequestError
+from sah_core.errors import ContextTooLongError, ParameterError, RequestError, UnsupportedError
 from sah_core.models import ModelSource
 from sah_core.state import GrowingBuffer
 from sah_plugins.adapters.hf import HuggingFaceAdapter
@@ -328,3 +329,23 @@ def test_no_requests_give_no_responses(make):
     assert make().process_requests([], NEW) == []
     with pytest.raises(RequestError, match="no request"):
         make().prefill_batch([])
+
+
+def test_padding_that_a_model_does_not_understand_is_refused_before_anything_is_read(models):
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=128,
+        d_model=16,
+        decoder_layers=1,
+        encoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        init_std=0.3,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    source = ModelSource(kind="folder", location="tiny", label="tiny")
+    loaded = Loaded(model=model, tokenizer=models.tokenizer(), source=source, weights_hash="0")
+    adapter = HuggingFaceAdapter.of(loaded, "local(4)")
+    with pytest.raises(UnsupportedError, match="left-padded batch with model class BartForCausal"):
+        adapter.process_requests(REQUESTS[:2], NEW)
+    assert [len(adapter.process_request(r, NEW).details) for r in REQUESTS[:2]] == [3, 1]

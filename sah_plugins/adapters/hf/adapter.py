@@ -14,6 +14,7 @@ from sah_core import Pipeline, Request, Response, compat
 from sah_core.attention import Session
 from sah_core.errors import ParameterError, RequestError
 from sah_core.patching import use
+from sah_core.probing import check_padding
 from sah_core.requests import AnswerDetail, Likelihood
 from sah_core.selection import overflow_rows
 
@@ -238,6 +239,9 @@ class HuggingFaceAdapter(Reader):
             pipeline: As for `prefill`.
             new_tokens: As for `prefill`.
             observers: As for `prefill`.
+
+        Raises:
+            UnsupportedError: If padding changes what the model says.
         """
         options, chunk = request_options(request_kwargs)
         if not requests:
@@ -257,6 +261,8 @@ class HuggingFaceAdapter(Reader):
         begin = self._now()
         pieces = [[0] * row.padding + list(row.prompts[0].ids[: row.shared]) for row in rows]
         padding = tuple(row.padding for row in rows)
+        if any(padding):
+            check_padding(self.model)
         self._extend(kv_cache, pieces, 0, watched, padding, chunk)
         seconds = self._now() - begin - (watched.observer_seconds if watched else 0.0)
         base = compat.snapshot_cache(kv_cache)
