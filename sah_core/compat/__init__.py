@@ -1,0 +1,66 @@
+"""The one place that knows transformers' attention interface and cache internals.
+
+Nothing of transformers is imported before a function here is called.
+"""
+
+from sah_core.compat.cache import (
+    cached_tensors,
+    kind_of,
+    make_cache,
+    repeated_cache,
+    restore_cache,
+    snapshot_cache,
+    window_of,
+)
+from sah_core.compat.capture import Capture
+from sah_core.compat.interface import (
+    IMPLEMENTATION,
+    attention_configs,
+    implementation_of,
+    keep_softcap,
+    own_attention,
+    register,
+    run_attention,
+    set_implementation,
+)
+from sah_core.compat.limits import causal_limits, left_padding, padding_mask
+from sah_core.compat.models import (
+    attention_modules,
+    cache_argument,
+    caches_latents,
+    check_supported,
+    devices_of,
+    input_device,
+    layer_types,
+    text_config,
+)
+
+__all__ = [
+    "IMPLEMENTATION",
+    "Capture",
+    "attention_configs",
+    "attention_modules",
+    "cache_argument",
+    "cached_tensors",
+    "caches_latents",
+    "causal_limits",
+    "check_supported",
+    "devices_of",
+    "implementation_of",
+    "input_device",
+    "keep_softcap",
+    "kind_of",
+    "layer_types",
+    "left_padding",
+    "make_cache",
+    "own_attention",
+    "padding_mask",
+    "register",
+    "repeated_cache",
+    "restore_cache",
+    "run_attention",
+    "set_implementation",
+    "snapshot_cache",
+    "text_config",
+    "window_of",
+]

@@ -1,0 +1,129 @@
+"""The KV cache of a request: made, looked at, and taken back to an earlier state."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sah_core.compat.models import text_config
+from sah_core.errors import UnsupportedError
+
+
+def make_cache(model: Any, capacity: int) -> Any:
+    """A KV cache for a request: full-attention layers are preallocated, the others as the model
+    needs them.
+
+    Args:
+        model: The model whose configuration says what the layers are.
+        capacity: Tokens to take room for; the buffers grow by doubling beyond that.
+
+    Raises:
+        UnsupportedError: For a cache layer class that is not known here.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    from sah_core.compat.preallocated import PreallocatedLayer
+
+    made = DynamicCache(config=text_config(model))
+    for index, layer in enumerate(made.layers):
+        if type(layer) is DynamicLayer:
+            made.layers[index] = PreallocatedLayer(capacity)
+        elif kind_of(layer) is None:
+            raise UnsupportedError(
+                what=f"cache layer {type(layer).__name__} of {type(model).__name__}",
+                reason="how to take it back to an earlier state is not known",
+            )
+    return made
+
+
+def kind_of(layer: Any) -> str | None:
+    """How a cache layer is snapshotted: by ``length``, by ``reference``, by ``copy``; None if
+    unknown.
+    """
+    from transformers import cache_utils
+
+    from sah_core.compat.preallocated import PreallocatedLayer
+
+    if isinstance(layer, PreallocatedLayer):
+        return "length"
+    if type(layer) in (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer):
+        return "reference"
+    in_place = (
+        "LinearAttentionLayer",
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+        "DummyLayer",
+    )
+    return "copy" if type(layer).__name__ in in_place else None
+
+
+def window_of(layer: Any) -> int | None:
+    """Tokens that a cache layer keeps; None where it keeps them all."""
+    window = getattr(layer, "sliding_window", None)
+    return window if isinstance(window, int) else None
+
+
+def repeated_cache(kv_cache: Any, repeats: int) -> Any:
+    """A copy of a cache with every sequence ``repeats`` times, one copy next to the other."""
+    made = copy.copy(kv_cache)
+    made.layers = []
+    for layer in kv_cache.layers:
+        kind = kind_of(layer)
+        made.layers.append(copy.deepcopy(layer) if kind == "copy" else copy.copy(layer))
+    batch = next((t.shape[0] for t in _cache_tensors(made)), 1)
+    made.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
+    return made
+
+
+def _cache_tensors(kv_cache: Any) -> Iterator[Tensor]:
+    for _, keys, _ in cached_tensors(kv_cache):
+        yield keys
+    for layer in kv_cache.layers:
+        for value in vars(layer).values():
+            held = value if isinstance(value, list) else [value]
+            yield from (t for t in held if isinstance(t, Tensor) and t.dim() > 1)
+
+
+def snapshot_cache(kv_cache: Any) -> list[Any]:
+    """Remember the state of a cache: lengths, references or copies, whatever each layer needs."""
+    tokens: list[Any] = []
+    for layer in kv_cache.layers:
+        kind = kind_of(layer)
+        if kind == "length":
+            tokens.append(layer.length)
+        elif kind == "reference":
+            tokens.append(copy.copy(layer))
+        elif kind == "copy":
+            tokens.append(copy.deepcopy(layer))
+        else:
+            raise UnsupportedError(
+                what=f"cache layer {type(layer).__name__}",
+                reason="how to take it back to an earlier state is not known",
+            )
+    return tokens
+
+
+def restore_cache(kv_cache: Any, tokens: list[Any]) -> None:
+    """Take a cache back to a snapshot; the snapshot stays valid."""
+    for index, token in enumerate(tokens):
+        layer = kv_cache.layers[index]
+        kind = kind_of(layer)
+        if kind == "length":
+            layer.set_length(token)
+        elif kind == "reference":
+            kv_cache.layers[index] = copy.copy(token)
+        else:
+            kv_cache.layers[index] = copy.deepcopy(token)
+
+
+def cached_tensors(kv_cache: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Layer index, keys and values of every layer that caches keys as attention sees them."""
+    for index, layer in enumerate(kv_cache.layers):
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.numel():
+            yield index, keys, layer.values
