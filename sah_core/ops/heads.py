@@ -20,6 +20,14 @@ def reduce_groups(scores: Tensor, kv_heads: int, reduction: str) -> Tensor:
     return grouped.sum(dim=2) if reduction == "sum" else grouped.mean(dim=2)
 
 
+def write_rows(buffer: Tensor, rows: Tensor, start: int | Tensor) -> None:
+    """Write rows along dimension 2; a start on the device stays there."""
+    if isinstance(start, int):
+        buffer[:, :, start : start + rows.shape[2]] = rows
+    else:
+        buffer.index_copy_(2, start.long(), rows)
+
+
 def channels_of(tensor: Tensor, channels: Tensor) -> Tensor:
     """The channels of each head, ``(batch, heads, rows, channels)``; the more numerous of tensor
     heads and channel lists says how many heads.

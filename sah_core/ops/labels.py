@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sah_core.mask import spread_heads
-from sah_core.ops.heads import channels_of, reduce_groups, take_rows
+from sah_core.ops.heads import channels_of, reduce_groups, take_rows, write_rows
 from sah_core.ops.logits import LogitOps
 from sah_core.ops.packing import code_width, pack_codes, quantise, round_to_bits, unpack_codes
 
@@ -41,11 +41,11 @@ class LabelOps(LogitOps):
         """
         chosen = channels_of(key, channels)
         if affine is None:
-            _write(labels, chosen, start)
+            write_rows(labels, chosen, start)
             return
         codes, scale = quantise(chosen, bits)
-        _write(labels, pack_codes(codes, code_width(bits)), start)
-        _write(affine, scale, start)
+        write_rows(labels, pack_codes(codes, code_width(bits)), start)
+        write_rows(affine, scale, start)
 
     def label_scores(
         self,
@@ -140,11 +140,3 @@ def _restored(labels: Tensor, affine: Tensor, bits: int, channels: int) -> Tenso
     codes = unpack_codes(labels, code_width(bits), channels).float()
     step, least = affine.float().unbind(-1)
     return codes * step.unsqueeze(-1) + least.unsqueeze(-1)
-
-
-def _write(buffer: Tensor, rows: Tensor, start: int | Tensor) -> None:
-    """Write rows along dimension 2; a start on the device stays there."""
-    if isinstance(start, int):
-        buffer[:, :, start : start + rows.shape[2]] = rows
-    else:
-        buffer.index_copy_(2, start.long(), rows)

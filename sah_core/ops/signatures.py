@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sah_core.ops.heads import reduce_groups
+from sah_core.ops.heads import reduce_groups, write_rows
 from sah_core.ops.packing import pack_codes, popcount
 
 
@@ -38,6 +38,26 @@ class SignatureOps:
             `pack_signs` of the outputs, int32 ``(batch, heads, count, words)``.
         """
         return self.pack_signs(apply_mlp(layers, rows.float()))
+
+    def signature_update(
+        self,
+        words: Tensor,
+        key: Tensor,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        start: int | Tensor,
+    ) -> None:
+        """Write the signatures of new keys, in place.
+
+        Args:
+            words: Signatures of all keys, int32 ``(batch, key_heads, capacity, words)``;
+                ``key_heads`` is a multiple of the number of KV heads.
+            key: New keys ``(batch, kv_heads, new, head_dim)``.
+            layers: The MLPs of the ``key_heads``; see `signatures`.
+            start: Key index of the first of them; an int32 tensor ``(1,)`` under graph capture,
+                where ``new`` is 1.
+        """
+        rows = key.repeat_interleave(words.shape[1] // key.shape[1], dim=1)
+        write_rows(words, self.signatures(rows, layers), start)
 
     def hamming_scores(
         self, query: Tensor, key: Tensor, bits: int, kv_heads: int, reduction: str = "none"

@@ -83,3 +83,18 @@ def test_signatures_are_the_signs_of_the_mlp_of_each_head():
             for bit in range(40):
                 word = int(words[0, head, row, bit // 32]) & 0xFFFFFFFF
                 assert (word >> bit % 32 & 1) == signs[row][bit]
+
+
+def test_signatures_of_new_keys_are_written_where_they_belong():
+    torch.manual_seed(0)
+    layers = [(torch.randn(4, 6, 40), torch.randn(4, 1, 40))]
+    key = torch.randn(2, 2, 3, 6)
+    words = torch.zeros(2, 4, 8, 2, dtype=torch.int32)
+    REFERENCE.signature_update(words, key[:, :, :2], layers, 3)
+    REFERENCE.signature_update(words, key[:, :, 2:], layers, torch.tensor([5], dtype=torch.int32))
+    assert not words[:, :, :3].any()
+    assert not words[:, :, 6:].any()
+    for head in range(4):
+        weight, bias = layers[0][0][head], layers[0][1][head]
+        signs = key[:, head // 2] @ weight + bias > 0
+        assert torch.equal(words[:, head, 3:6], REFERENCE.pack_signs(signs.float()))

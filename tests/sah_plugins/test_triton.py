@@ -488,6 +488,24 @@ def test_signatures_are_those_of_the_reference(ops, widths):
     assert torch.equal(ops.signatures(half, layers), REFERENCE.signatures(half, layers))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("key_heads", [2, 6])
+def test_signatures_of_new_keys_are_written_where_they_belong(ops, key_heads, dtype):
+    torch.manual_seed(0)
+    layers = [
+        (torch.randn(key_heads, a, b), torch.randn(key_heads, 1, b))
+        for a, b in [(24, 40), (40, 16), (16, 70)]
+    ]
+    key = torch.randn(3, 2, 6, 24).to(dtype)
+    rows = key.repeat_interleave(key_heads // 2, dim=1)
+    words = torch.zeros(3, key_heads, 20, 3, dtype=torch.int32)
+    ops.signature_update(words, key[:, :, :5], layers, 4)
+    ops.signature_update(words, key[:, :, 5:], layers, torch.tensor([9], dtype=torch.int32))
+    expected = torch.zeros_like(words)
+    expected[:, :, 4:10] = REFERENCE.signatures(rows, layers)
+    assert torch.equal(words, expected)
+
+
 @pytest.mark.parametrize("selections", [1, 2, 4])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_logits_and_cosines_of_chosen_keys_are_those_of_the_reference(ops, selections, softcap):

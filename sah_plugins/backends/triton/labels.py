@@ -127,7 +127,7 @@ def _nearest(value, TYPE: tl.constexpr):
     return value.to(TYPE).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["new"])
+@triton.jit(do_not_specialize=["start", "new"])
 def _label_update(
     labels, affine, key, channels, start, new, heads, per_list, per_kv_head,
     l_sb, l_sh, l_sk, l_sw, a_sb, a_sh, a_sk, a_si, k_sb, k_sh, k_sk, k_sd,

@@ -27,6 +27,13 @@ def takes(*tensors: Tensor) -> bool:
     return all(t.dtype in DTYPES and (t.is_cuda or is_interpreted()) for t in tensors)
 
 
+def _hashes(rows: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether the kernel for MLPs takes these rows."""
+    widths = [rows.shape[3], *(weight.shape[2] for weight, _ in layers)]
+    fits = len(layers) == 3 and max(widths) <= 256
+    return takes(rows) and fits and 0 < rows.shape[2] <= ROWS and bool(rows.numel())
+
+
 class TritonOps(Ops):
     """Kernels where there are some."""
 
@@ -230,16 +237,22 @@ class TritonOps(Ops):
 
     def signatures(self, rows: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """A program reads the weights of a head once and keeps what lies between them."""
-        widths = [rows.shape[3], *(weight.shape[2] for weight, _ in layers)]
-        if (
-            not takes(rows)
-            or len(layers) != 3
-            or rows.shape[2] > ROWS
-            or max(widths) > 256
-            or not rows.numel()
-        ):
+        if not _hashes(rows, layers):
             return super().signatures(rows, layers)
         return queries.signatures(rows, layers)
+
+    def signature_update(
+        self,
+        words: Tensor,
+        key: Tensor,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        start: int | Tensor,
+    ) -> None:
+        """Hashed and written in one launch, if they are few."""
+        if not _hashes(key, layers):
+            super().signature_update(words, key, layers, start)
+            return
+        queries.signature_update(words, key, layers, start)
 
     def hamming_scores(
         self, query: Tensor, key: Tensor, bits: int, kv_heads: int, reduction: str = "none"

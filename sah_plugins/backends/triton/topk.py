@@ -309,6 +309,25 @@ def _tally(tallies, part, chunks):
     return tl.load(tallies + spot, mask=(part < chunks)[:, None], other=0, cache_modifier=".cg")
 
 
+@triton.jit
+def _choose_aside(aside, indices, total, wanted, FEW: tl.constexpr):
+    # the best of those put aside, which lie in the order of their indices
+    spot = tl.arange(0, FEW)
+    there = spot < total
+    low = tl.load(aside + spot, mask=there, other=-1, cache_modifier=".cg")
+    code = (low + 1).to(tl.uint32, bitcast=True)
+    edge = _edge(code, wanted, total)
+    over = code > edge
+    level = code == edge
+    running = tl.cumsum(over.to(tl.int32) + (level.to(tl.int32) << 16), 0)
+    tied = running >> 16
+    missing = wanted - tl.sum(over.to(tl.int32))
+    take = over | (level & (tied <= missing))
+    slot = (running & 0xFFFF) + tl.minimum(tied, missing) - 1
+    at = tl.load(aside + FEW + spot, mask=there, other=-1, cache_modifier=".cg")
+    tl.store(indices + slot, at, mask=take)
+
+
 @triton.jit(do_not_specialize=["a_s_off", "a_e_off", "b_s_off", "b_e_off", "c_s_off", "c_e_off",
                                "d_s_off", "d_e_off", "candidates", "capacity",
                                "state"])  # fmt: skip
@@ -373,20 +392,8 @@ def _write_long(
         last = tl.atomic_add(tickets + line, 1, sem="acq_rel") == chunks - 1
         if last:
             tl.store(tickets + line, 0)
-            spot = tl.arange(0, FEW)
-            there = spot < tl.load(known + line * 3 + 2)
-            low = tl.load(aside + spot, mask=there, other=-1, cache_modifier=".cg")
-            code = (low + 1).to(tl.uint32, bitcast=True)
-            edge = _edge(code, missing, tl.sum(there.to(tl.int32)))
-            over = code > edge
-            level = code == edge
-            running = tl.cumsum(over.to(tl.int32) + (level.to(tl.int32) << 16), 0)
-            tied = running >> 16
-            open_ties = missing - tl.sum(over.to(tl.int32))
-            take = over | (level & (tied <= open_ties))
-            slot = wanted - missing + (running & 0xFFFF) + tl.minimum(tied, open_ties) - 1
-            at = tl.load(aside + FEW + spot, mask=there, other=-1, cache_modifier=".cg")
-            tl.store(indices + slot, at, mask=take)
+            total = tl.load(known + line * 3 + 2)
+            _choose_aside(aside, indices + wanted - missing, total, missing, FEW)
 
 
 @triton.jit(do_not_specialize=["state"])
@@ -576,10 +583,10 @@ def _select(
     for step in range(bits // 8):
         _narrow[(chunks, lines)](
             scores, known, tallies, held, tickets, chosen, *tail, **facts,
-            STEP=step, PART=part, SINGLE=SINGLE, num_warps=8,
+            STEP=step, PART=part, SINGLE=SINGLE, num_warps=4,
         )  # fmt: skip
     _write_long[(chunks, lines)](
         scores, known, aside, held, tickets, chosen, *tail, indices, **facts,
-        SLOTS=slots, num_warps=16,
+        SLOTS=slots, num_warps=8,
     )  # fmt: skip
     return indices, chosen

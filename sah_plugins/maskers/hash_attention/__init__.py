@@ -56,7 +56,7 @@ class Signatures:
     def append(self, key: Tensor, start: int | Tensor) -> None:
         """Hash new keys; a start on the device never grows the buffer."""
         if not isinstance(start, int):
-            self.words.index_copy_(2, start.long(), self.hashed(key))
+            self.ops.signature_update(self.words, key, self.functions.key, start)
             return
         new = key.shape[2]
         self.length = start + new
@@ -64,14 +64,8 @@ class Signatures:
         widest = max(weight.shape[2] for weight, _ in self.functions.key)
         step = max(1, HIDDEN_BYTES // (4 * widest * key.shape[0] * self.functions.key_heads))
         for begin in range(0, new, step):
-            words = self.hashed(key[:, :, begin : begin + step])
-            at = start + begin
-            self.words[:, :, at : at + words.shape[2]] = words
-
-    def hashed(self, key: Tensor) -> Tensor:
-        """Signatures of keys ``(batch, kv_heads, count, head_dim)``."""
-        rows = key.float().repeat_interleave(self.functions.key_heads // key.shape[1], dim=1)
-        return self.ops.signatures(rows, self.functions.key)
+            piece = key[:, :, begin : begin + step]
+            self.ops.signature_update(self.words, piece, self.functions.key, start + begin)
 
     def reserve(self, keys: int) -> None:
         """Make sure that so many keys fit, copying at most once per doubling."""
