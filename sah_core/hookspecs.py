@@ -108,14 +108,15 @@ class AdapterSpec:
 
         Returns:
             A class made as ``cls(model_name, pipeline=..., model_kwargs=..., tokenizer_kwargs=...,
-            device=..., dtype=...)`` with ``process_request``, ``prefill`` and ``answer``; class
-            methods ``check_model(model_name)`` and ``check_generation(generation_kwargs)``, if it
-            has them, find mistakes before anything is loaded. Exactly one plugin is asked; its
-            result is the result.
+            device=..., dtype=...)`` whose ``name`` is the registered name, with
+            ``process_request``, ``prefill``, ``answer`` and ``identity``; class methods
+            ``check_model(model_name)`` and ``check_generation(generation_kwargs)``, if it has them,
+            find mistakes before anything is loaded. Exactly one plugin is asked; its result is the
+            result.
 
         Raises:
-            BrokenPluginError: by the registry, if the hook is missing, raises, returns None, or
-                returns a class with another name.
+            BrokenPluginError: by the registry, if the hook is missing, raises, returns no class,
+                one that lacks a method, or one with another name.
 
         Example:
             @hookimpl
@@ -193,7 +194,8 @@ class ScorerSpec:
             its `Scorer`. Exactly one plugin is asked; its result is the result.
 
         Raises:
-            BrokenPluginError: by the registry, if the hook is missing, raises or returns None.
+            BrokenPluginError: by the registry, if the hook is missing, raises, or returns anything
+                but a mapping from texts to at least one `Scorer`.
 
         Example:
             @hookimpl
@@ -220,8 +222,9 @@ class MetricSpec:
             Exactly one plugin is asked; its result is the result.
 
         Raises:
-            BrokenPluginError: by the registry, if the hook is missing, raises, returns None, or
-                returns a class with another name.
+            BrokenPluginError: by the registry, if the hook is missing, raises, returns no class,
+                one without ``result`` or ``reset``, one that implements an observer hook which does
+                not exist, or one with another name.
 
         Example:
             @hookimpl
@@ -247,7 +250,8 @@ class ModelSpec:
             asked; its result is the result.
 
         Raises:
-            BrokenPluginError: by the registry, if the hook is missing, raises or returns None.
+            BrokenPluginError: by the registry, if the hook is missing, raises, or returns what
+                cannot be called or needs arguments.
 
         Example:
             @hookimpl
@@ -272,7 +276,8 @@ class ObjectiveSpec:
             one plugin is asked; its result is the result.
 
         Raises:
-            BrokenPluginError: by the registry, if the hook is missing, raises or returns None.
+            BrokenPluginError: by the registry, if the hook is missing, raises, or returns what
+                cannot be called.
 
         Example:
             @hookimpl

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.metadata
 import re
 import time
@@ -32,6 +31,7 @@ from .errors import (
     UnknownPluginError,
     nearest_names,
 )
+from .fit import Fit
 
 __all__ = ["Carrier", "Kind", "PluginEntry"]
 
@@ -104,7 +104,7 @@ class Kind(Generic[T]):
         singular: str,
         spec: type,
         find: Callable[[str], list[importlib.metadata.EntryPoint]],
-        base: str = "",
+        fit: Fit,
     ) -> None:
         self.singular = singular
         self.plural = f"{singular}s"
@@ -112,7 +112,7 @@ class Kind(Generic[T]):
         self.hook = f"{hookspecs.PROJECT}_{singular}"
         self._spec = spec
         self._find = find
-        self._base = base
+        self._fit = fit
         self._known: dict[str, list[_Plugin]] | None = None
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(spec)
@@ -205,19 +205,8 @@ class Kind(Generic[T]):
 
     def misfit(self, value: object) -> str:
         """Why what a hook returned is no plugin of this kind; empty if it is one."""
-        if value is None:
-            return f"its hook {self.hook} returned None"
-        if not self._base:
-            return ""
-        module, _, name = self._base.rpartition(".")
-        base = getattr(importlib.import_module(module), name)
-        if not isinstance(value, type):
-            return f"its hook {self.hook} returned an instance of {type(value).__name__}, no class"
-        if not issubclass(value, base):
-            return f"its hook {self.hook} returned {value.__name__}, no subclass of {name}"
-        if not isinstance(getattr(value, "name", None), str):
-            return f"its class {value.__name__} has no name: set 'name' to the registered name"
-        return ""
+        reason = "None" if value is None else self._fit(value)
+        return f"its hook {self.hook} returned {reason}" if reason else ""
 
     def register(
         self,

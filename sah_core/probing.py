@@ -122,8 +122,8 @@ def check_padding(model: Any) -> None:
 def _tokens(model: Any, count: int) -> Tensor:
     """Token ids for a trial, ``(1, count)``, where the model takes them."""
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.arange(FIRST_TOKEN, FIRST_TOKEN + count) % vocabulary
-    return ids.view(1, -1).to(compat.input_device(model))
+    ids = torch.arange(FIRST_TOKEN, FIRST_TOKEN + count, device=compat.input_device(model))
+    return ids.remainder(int(vocabulary)).view(1, -1)
 
 
 def _tolerance(logits: Tensor) -> float:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import hookspecs
+from . import fit, hookspecs
 from .discovery import DISABLE_VARIABLE, LOAD_VARIABLE, Setting, all_entry_points
 from .errors import PluginFileError
 from .kind import Kind, PluginEntry
@@ -62,19 +62,23 @@ class Registry:
         self._points: importlib.metadata.EntryPoints | None = None
         self._files: dict[Path, tuple[PluginEntry, ...]] = {}
         self.maskers: Kind[type[Masker]] = self._kind(
-            "masker", hookspecs.MaskerSpec, "sah_core.masker.Masker"
+            "masker", hookspecs.MaskerSpec, fit.subclass_of("sah_core.masker.Masker")
         )
-        self.adapters: Kind[type[Any]] = self._kind("adapter", hookspecs.AdapterSpec)
+        self.adapters: Kind[type[Any]] = self._kind("adapter", hookspecs.AdapterSpec, fit.adapter)
         self.backends: Kind[type[Backend]] = self._kind(
-            "backend", hookspecs.BackendSpec, "sah_core.backend.Backend"
+            "backend", hookspecs.BackendSpec, fit.subclass_of("sah_core.backend.Backend")
         )
         self.benchmarks: Kind[type[Benchmark]] = self._kind(
-            "benchmark", hookspecs.BenchmarkSpec, "sah_core.benchmark.Benchmark"
+            "benchmark", hookspecs.BenchmarkSpec, fit.subclass_of("sah_core.benchmark.Benchmark")
         )
-        self.scorers: Kind[Mapping[str, Scorer]] = self._kind("scorer", hookspecs.ScorerSpec)
-        self.metrics: Kind[type[Any]] = self._kind("metric", hookspecs.MetricSpec)
-        self.models: Kind[Callable[[], Any]] = self._kind("model", hookspecs.ModelSpec)
-        self.objectives: Kind[Callable[..., Any]] = self._kind("objective", hookspecs.ObjectiveSpec)
+        self.scorers: Kind[Mapping[str, Scorer]] = self._kind(
+            "scorer", hookspecs.ScorerSpec, fit.scorers
+        )
+        self.metrics: Kind[type[Any]] = self._kind("metric", hookspecs.MetricSpec, fit.metric)
+        self.models: Kind[Callable[[], Any]] = self._kind("model", hookspecs.ModelSpec, fit.model)
+        self.objectives: Kind[Callable[..., Any]] = self._kind(
+            "objective", hookspecs.ObjectiveSpec, fit.function
+        )
 
     def __repr__(self) -> str:
         return f"<registry of {', '.join(kind.plural for kind in self.kinds())}>"
@@ -160,8 +164,8 @@ class Registry:
         broken = [entry for entry in checked if entry.state in ("broken", "incompatible")]
         return (*broken, *marked)
 
-    def _kind(self, singular: str, spec: type, base: str = "") -> Kind[Any]:
-        return Kind(singular, spec, self._find, base)
+    def _kind(self, singular: str, spec: type, fits: fit.Fit) -> Kind[Any]:
+        return Kind(singular, spec, self._find, fits)
 
     def _find(self, group: str) -> list[importlib.metadata.EntryPoint]:
         if self._points is None:

@@ -34,6 +34,9 @@ class FakeAdapter:
     def identity(self):
         return {"model": self.model_name, "weights": "w" * 8, "dtype": self.dtype}
 
+    def process_request(self, request, generation_kwargs=None, request_kwargs=None):
+        raise NotImplementedError("runners prefill once and answer for every pipeline")
+
     def prefill(self, request, request_kwargs=None, pipeline=None, *, new_tokens=0, observers=()):
         label = None if pipeline is None else pipeline.text
         for observer in observers:

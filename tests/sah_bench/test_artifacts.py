@@ -90,6 +90,8 @@ class Toy:
     def identity(self):
         return {"model": "a toy"}
 
+    process_request = prefill = answer = identity
+
 
 @pytest.fixture
 def plugins():
@@ -258,7 +260,9 @@ def test_the_content_of_a_file_is_part_of_a_cell_and_its_place_is_not(plugins, f
 
 
 def test_an_adapter_without_a_model_is_refused(plugins, tmp_path):
-    bare = type("Bare", (), {"name": "bare", "__init__": lambda self, *a, **k: None})
+    nothing = dict.fromkeys(("process_request", "prefill", "answer", "identity"), print)
+    made = {"name": "bare", "__init__": lambda self, *a, **k: None, **nothing}
+    bare = type("Bare", (), made)
     registry.adapters.register("bare", bare)
     try:
         (tmp_path / "a.txt").write_text("x")

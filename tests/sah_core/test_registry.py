@@ -182,7 +182,7 @@ class TestBrokenPlugins:
         ),
         "no-name": (
             GOOD.replace('name = "zigzag"', "pass"),
-            "its class Zigzag has no name: set 'name' to the registered name",
+            "returned Zigzag, a class without a name: set 'name' to the registered name",
         ),
         "other-name": (GOOD, "its class is named 'zigzag'"),
         "wrong-arguments": (
@@ -205,6 +205,65 @@ class TestBrokenPlugins:
         assert reason in str(error)
         assert "\n" not in str(error)
         assert registry.maskers["zigzag"].name == "zigzag"
+
+    MISFITS = {
+        "adapter": {
+            "a function": ("len", "len, no class"),
+            "no name": ("type('Own', (), {})", "Own, a class without a name"),
+            "no methods": (
+                "type('Own', (), {'name': 'odd', 'answer': len, 'prefill': len})",
+                "Own, which lacks what an adapter has: process_request, identity",
+            ),
+        },
+        "backend": {"another class": ("dict", "dict, no subclass of Backend")},
+        "benchmark": {"an instance": ("'text'", "an instance of str, no class")},
+        "scorer": {
+            "a function": ("len", "len, no mapping from the name of a metric to its Scorer"),
+            "nothing in it": ("{}", "a mapping without a metric"),
+            "a bare function": ("{'f1': len}", "a mapping whose 'f1' is len, no Scorer"),
+            "no text": ("{1: len}", "a mapping with the key 1, which is no name of a metric"),
+        },
+        "metric": {
+            "an instance": ("object()", "an instance of object, no class"),
+            "no result": (
+                "type('Own', (), {'name': 'odd', 'reset': dict})",
+                "Own, which lacks what a metric has: result",
+            ),
+            "misspelt": (
+                "type('Own', (), {'name': 'odd', 'reset': dict, 'result': dict,"
+                " 'sah_mask_build': hookimpl(lambda self: 1)})",
+                "Own, which implements the unknown observer hook 'sah_mask_build' "
+                "(did you mean 'sah_mask_built'?)",
+            ),
+            "other name": (
+                "type('Own', (), {'name': 'even', 'reset': dict, 'result': dict})",
+                "its class is named 'even': name it as it is registered",
+            ),
+        },
+        "model": {
+            "a path": ("'model.gguf'", "an instance of str, which cannot be called"),
+            "arguments": ("lambda path: path", "a function that needs the argument 'path'"),
+        },
+        "objective": {"a number": ("0.5", "an instance of float, which cannot be called")},
+    }
+
+    @pytest.mark.parametrize(
+        ("kind", "case"), [(kind, case) for kind, cases in MISFITS.items() for case in cases]
+    )
+    def test_every_kind_refuses_what_does_not_fit(self, install, kind, case):
+        expression, reason = self.MISFITS[kind][case]
+        source = f"from sah_core import hookimpl\n@hookimpl\ndef sah_{kind}(): return {expression}"
+        install("odd-pkg", {"odd": "fake_odd"}, {"fake_odd": source}, group=f"sah.{kind}s")
+        registry = Registry()
+        plugins = next(one for one in registry.kinds() if one.singular == kind)
+        entry = plugins.check("odd")
+        assert entry.state == "broken"
+        assert reason in entry.reason
+        with pytest.raises(BrokenPluginError, match=re.escape(reason)):
+            plugins["odd"]
+
+    def test_all_kinds_have_a_case(self):
+        assert {*self.MISFITS, "masker"} == {kind.singular for kind in Registry().kinds()}
 
     def test_an_entry_point_that_names_a_class_is_broken(self, install):
         install("cls-pkg", {"zigzag": "fake_zigzag:Zigzag"}, {"fake_zigzag": GOOD})
@@ -426,6 +485,7 @@ class TestFiles:
             + """
     class Seen:
         name = "seen"
+        reset = result = dict
 
     @hookimpl
     def sah_metric():
@@ -437,7 +497,9 @@ class TestFiles:
 
     @hookimpl
     def sah_scorer():
-        return {"nothing": len}
+        from sah_core.scorer import Scorer
+
+        return {"length": Scorer(function=len, description="letters", source="this test")}
 """
         )
         path = write("my_plugins.py", source)
@@ -455,7 +517,7 @@ class TestFiles:
         assert inspect.getsourcefile(found) == str(path)
         assert registry.metrics["seen"].name == "seen"
         assert registry.models["my-plugins"]() == "files"
-        assert registry.scorers["my-plugins"] == {"nothing": len}
+        assert registry.scorers["my-plugins"]["length"].function is len
         assert pickle.loads(pickle.dumps(found)) is found
 
     def test_loading_a_file_again_does_nothing(self, write):
@@ -537,6 +599,7 @@ class TestFiles:
 
             class Seen:
                 name = "seen"
+                reset = result = dict
 
             class Zigzag(Masker):
                 name = "zigzag"
