@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 import torch
 
@@ -37,7 +39,9 @@ def bounded_form(masker: Masker) -> Masker | None:
         return masker
     if not any(spec.name == "max_size" and spec.type is Size for spec in specs(type(masker))):
         return None
-    return attrs.evolve(masker, max_size=Size(tokens=MAX_SIZE))
+    plain: Any = masker  # not every masker has the field
+    bounded: Masker = attrs.evolve(plain, max_size=Size(tokens=MAX_SIZE))
+    return bounded
 
 
 def check_no_host_sync(masker: Masker) -> None:
