@@ -189,6 +189,22 @@ class Inputs:
         count = torch.tensor(counts, dtype=torch.int32, device=self.device).view(-1, 1, 1)
         return Budget(max(counts), count)
 
+    def with_ops(self, ops: Ops) -> Inputs:
+        """The same call with other scoring primitives."""
+        return self._but(ops=ops)
+
+    def for_step(self, state: Any, random: Random) -> Inputs:
+        """The same call as a masker with this state and these random numbers sees it."""
+        return self._but(state=state, random=random)
+
+    def _but(self, **fields: Any) -> Inputs:
+        """A copy with other fields, none of which `length` and `query_position` depend on: what was
+        computed of those stays, which `attrs.evolve` would lose at thrice the time.
+        """
+        made = object.__new__(Inputs)
+        vars(made).update(vars(self), **fields)
+        return made
+
     def rows(self, begin: int, end: int, step: int = 1) -> Inputs:
         """The same call for each ``step``-th query row from ``begin`` to ``end`` (exclusive); keys
         stay whole.

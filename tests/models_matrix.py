@@ -107,8 +107,6 @@ def run(model, padding, pipeline=None):
     def step(phase, session=None):
         nonlocal end
         begin, end = end, end + PHASES[phase]
-        if session is not None:
-            session.fallbacks.clear()
         output = model(
             ids[:, begin:end],
             attention_mask=mask[:, :end],
@@ -126,7 +124,7 @@ def run(model, padding, pipeline=None):
         return logits, refusals
     with attach(model, pipeline) as session:
         for phase in PHASES:
-            session._chosen.clear()  # a refusal is noted once per kind of call
+            session.choice.forget()  # a refusal is noted once per kind of call
             step(phase, session)
     return logits, refusals
 

@@ -468,7 +468,7 @@ def test_a_backend_that_cannot_be_made_is_left_out_and_named(register, caplog):
     messages = [r.getMessage() for r in caplog.records]
     assert messages == ["backend unbuildable is left out: no such device"]
     with pytest.raises(OSError, match="no such device"):
-        session.backend_for(*call_and_mask(), requested="unbuildable")
+        session.choice.backend_for(*call_and_mask(), requested="unbuildable")
 
 
 def call_and_mask():

@@ -99,7 +99,7 @@ def test_without_observers_no_hook_is_made_or_called(make, monkeypatch):
     adapter = make()
     monkeypatch.setattr(Session, "__init__", remember)
     # pytest lives on pluggy too, so only the core's own use of it is refused
-    monkeypatch.setattr("sah_core.attention.pluggy", SimpleNamespace(PluginManager=refuse))
+    monkeypatch.setattr("sah_core.attention.session.pluggy", SimpleNamespace(PluginManager=refuse))
     with pytest.raises(AssertionError, match="something was paid"):
         Session(Pipeline.dense(), (), observers=[Density()])
     sessions.clear()

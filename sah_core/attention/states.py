@@ -1,0 +1,142 @@
+"""The states that maskers keep for the layers of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from torch import Tensor
+
+from sah_core.attention.steps import context_only, layer_info, with_step
+from sah_core.errors import UnsupportedError
+from sah_core.inputs import Inputs
+
+if TYPE_CHECKING:
+    from sah_core.pipeline import Pipeline
+
+LayerToken = tuple[int, bool, dict[int, Any]]
+"""What `LayerState.snapshot` remembers: keys seen, whether the prefill has ended, states."""
+
+
+@attrs.define
+class LayerState:
+    """What a session keeps for one layer of a request.
+
+    Attributes:
+        seen: Keys that the states have been shown.
+        ended: The end of the prefill has been announced.
+        states: State per pipeline step.
+    """
+
+    seen: int = 0
+    ended: bool = False
+    states: dict[int, Any] = attrs.field(factory=dict)
+
+    def snapshot(self) -> LayerToken:
+        """Remember the present state; costs what the states cannot cut back by length."""
+        states = {i: s.snapshot() for i, s in self.states.items() if s is not None}
+        return self.seen, self.ended, states
+
+    def restore(self, token: LayerToken) -> None:
+        """Go back to a snapshot."""
+        self.seen, self.ended, states = token
+        if not states:
+            self.states = {}
+        for index, state in states.items():
+            self.states[index].restore(state)
+
+
+@attrs.frozen
+class Snapshot:
+    """A point to which a session can go back; one live branch at a time."""
+
+    layers: dict[int, LayerToken]
+    request_state: dict[Any, Any]
+
+
+class Upkeep:
+    """What shows the states of a layer the keys that they have not seen.
+
+    Args:
+        pipeline: The maskers whose states these are.
+
+    Attributes:
+        stateful: Positions of the maskers that keep a state.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._steps, self._seed = pipeline.steps, pipeline.seed
+        self.stateful = tuple(i for i, s in enumerate(self._steps) if s.is_stateful())
+        self._reads_values = any(not self._steps[i].capabilities.keys_only for i in self.stateful)
+
+    def advance(self, kept: LayerState, inputs: Inputs) -> None:
+        """Take in the keys of a call, and announce the end of the prefill when it is over."""
+        if inputs.key_len is None:
+            self._append_captured(kept, inputs)
+            return
+        context = inputs.key_len - inputs.query_len
+        if context < kept.seen:
+            raise UnsupportedError(
+                what=f"a stateful masker in layer {inputs.layer} ({inputs.layer_type})",
+                reason="the cache has dropped keys that the masker has taken note of",
+            )
+        if inputs.phase != "prefill" and not kept.ended:
+            self._append(kept, inputs, max(context, kept.seen))
+            self._end(kept, inputs)
+        self._append(kept, inputs, inputs.key_len)
+
+    def end_prefill(self, kept: LayerState, inputs: Inputs) -> None:
+        """Build the states from the cached context at once."""
+        self._append(kept, inputs, inputs.capacity)
+        self._end(kept, inputs)
+
+    def _append(self, kept: LayerState, inputs: Inputs, upto: int) -> None:
+        if not kept.states:
+            kept.states = {
+                i: self._steps[i].init_state(layer_info(inputs, i, self._seed))
+                for i in self.stateful
+            }
+        if upto <= kept.seen:
+            return
+        key = inputs.key[:, :, kept.seen : upto]
+        value = inputs.value[:, :, kept.seen : upto]
+        for index, state in kept.states.items():
+            if state is not None:
+                self._steps[index].append(state, key, value, kept.seen)
+        kept.seen = upto
+
+    def _append_captured(self, kept: LayerState, inputs: Inputs) -> None:
+        if self.stateful and not kept.states:
+            raise UnsupportedError(
+                what=f"captured decoding of layer {inputs.layer}",
+                reason="its states must be built from the context first",
+            )
+        position = inputs.allowed.memo.get("new key")
+        if position is None:
+            position = inputs.allowed.memo["new key"] = inputs.length - inputs.query_len
+        key = inputs.key.index_select(2, position)
+        value = inputs.value[:, :, :0]
+        if self._reads_values:
+            value = inputs.value.index_select(2, position)
+        for index, state in kept.states.items():
+            if state is not None:
+                if hasattr(state, "reserve"):
+                    state.reserve(inputs.capacity)
+                self._steps[index].append(state, key, value, position)
+
+    def _end(self, kept: LayerState, inputs: Inputs) -> None:
+        context = context_only(inputs, kept.seen)
+        for index, state in kept.states.items():
+            if state is not None:
+                step_inputs = with_step(context, index, state, self._seed)
+                self._steps[index].end_prefill(state, step_inputs)
+        kept.ended = True
+
+
+def copied(request_state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A request's state whose tensors, which maskers write in place, are copies."""
+    return {
+        key: value.clone() if isinstance(value, Tensor) else value
+        for key, value in request_state.items()
+    }
