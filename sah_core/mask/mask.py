@@ -274,7 +274,8 @@ class Mask:
 
         Returns:
             int32 keys ``(batch | 1, heads', query_len | 1, count)`` with -1 where an entry holds no
-            key, and the probabilities, float32 in the same shape, or None if all are 1.
+            key, and the probabilities, float32 in the same shape and 1 where an entry holds no key,
+            or None if all are 1.
         """
         key_len = self.shape[3]
         mask = self.to_selected()
@@ -293,7 +294,8 @@ class Mask:
             keys = spread_heads(keys, heads)
             keep = (keys >= 0) & allowed.contains(keys) & ~mask.covers(keys)
             if probability is not None:
-                probability = spread_heads(probability, heads)
+                # a sampler that drew nothing in a row says 0 there, whose logarithm would spread
+                probability = torch.where(keep, spread_heads(probability, heads), 1.0)
             parts.append((torch.where(keep, keys, -1), probability))
         if not parts:
             nothing = torch.empty((1, 1, 1, 0), dtype=torch.int32, device=allowed.device)

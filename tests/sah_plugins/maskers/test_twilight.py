@@ -105,6 +105,17 @@ def test_the_window_of_everything_is_the_full_selector(calls):
     assert torch.equal(found, expected(masker, inputs, Mask.full(inputs.shape)))
 
 
+@pytest.mark.parametrize("text", ["local(100%)", "local(4)", "local(4) | oracle-top-k(3)"])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_rows_in_which_a_sampler_found_nothing_to_draw_are_pruned_like_others(calls, text, bits):
+    inputs = calls.make(query_len=20, first=(7, 0))
+    previous = build_mask(Pipeline.parse(f"{text} | random-sampling(0.3)").steps, inputs)
+    assert (previous.selected.probability == 0).any()
+    masker = Twilight(top_p=0.7, label_bits=bits)
+    found = calls.effective(add(masker, inputs, previous), inputs)
+    torch.testing.assert_close(found, expected(masker, inputs, previous))
+
+
 def test_keys_are_kept_in_half_a_byte_per_channel(calls):
     inputs = calls.make(key_len=64, head_dim=32)
     state = Twilight().init_state(layer_info(inputs))
