@@ -17,6 +17,9 @@ from sah_core.randomness import Random
 Phase = Literal["prefill", "question", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "question", "decode")
 
+WINDOW_QUERIES = 128
+"""Query rows that `Inputs.window_queries` holds at most."""
+
 
 @attrs.frozen
 class Budget:
@@ -59,8 +62,12 @@ class Inputs:
         request_state: Shared by the layers and steps of a request.
         ops: Scoring primitives.
         random: Counter-based random numbers of this step and layer.
-        hidden_states: Input of the layer, only for maskers that declare the need; likewise
-            ``query_pre_rope``, ``key_pre_rope`` and ``window_queries``.
+        window_queries: The last query rows up to those of this call, or at the end of the prefill
+            those of the context, at most `WINDOW_QUERIES`, ``(batch, heads, rows, head_dim)``; None
+            unless the masker declares the need.
+        hidden_states: Input of the layer; likewise. No session gives it yet, nor the next two.
+        query_pre_rope: The queries before the rotary embedding.
+        key_pre_rope: The keys before it.
     """
 
     query: Tensor

@@ -39,8 +39,9 @@ class Capabilities:
             known to the host unless its parameter ``max_size`` is given.
         keys_only: `Masker.append` never looks at the values, so that under graph capture they need
             not be gathered; it gets none there.
-        needs: Optional inputs that it reads: ``hidden_states``, ``query_pre_rope``,
-            ``key_pre_rope``, ``window_queries``, ``lse``.
+        needs: Optional inputs that it reads: ``window_queries`` of `Inputs`, and ``lse`` in
+            `Masker.after_attention`. The names ``hidden_states``, ``query_pre_rope`` and
+            ``key_pre_rope`` are reserved; a masker that needs them is refused on a model.
     """
 
     stochastic: bool = False
@@ -115,8 +116,8 @@ class Masker:
         """
 
     def end_prefill(self, state: Any, inputs: Inputs) -> None:
-        """The context is complete: ``inputs`` holds its keys and values, and no query rows unless
-        declared.
+        """The context is complete: ``inputs`` holds its keys and values, no query rows, and its
+        last ones in ``window_queries`` if the need is declared.
         """
 
     def bytes_read(self, inputs: Inputs) -> int:
@@ -156,7 +157,15 @@ class Masker:
             require_file(path)
 
     def after_attention(self, state: Any, inputs: Inputs, mask: Mask, lse: Tensor | None) -> None:
-        """Feedback after the attention was computed (accumulated scores of the eviction family)."""
+        """Feedback after the attention of a sparse call was computed, layer by layer.
+
+        Args:
+            state: What `init_state` returned.
+            inputs: The call, with its queries; ``state`` and random numbers are not set in it.
+            mask: What the whole pipeline selected.
+            lse: Log-sum-exp of each row, float32 ``(batch, heads, query_len)``, with which
+                ``e^(l - lse)`` is the weight of a key; sure to be there only if ``needs`` names it.
+        """
 
     @classmethod
     def example(cls, folder: Path) -> Self:

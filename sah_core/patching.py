@@ -91,16 +91,18 @@ def attach(
 
     Raises:
         UnsupportedError: If the model's attention does not go through the attention interface; it
-            is tried once, on a few tokens (`sah_core.probing`).
+            is tried once, on a few tokens (`sah_core.probing`); or if a masker needs an input that
+            is not given.
         PipelineError: If the pipeline applies to no layer of the model.
     """
-    from sah_core.probing import check_applies, check_model
+    from sah_core.probing import check_applies, check_model, check_needs
 
     parsed = Pipeline.parse(pipeline)
     if not parsed.is_dense:
         check_model(model)
     session = Session(parsed, compat.layer_types(model), backend=backend, observers=observers)
     check_applies(parsed, session.layer_types)
+    check_needs(parsed)
     with use(model, session):
         yield session
 

@@ -38,6 +38,8 @@ TOLERANCE_16 = 0.1
 
 PADDING = 3
 """Leading tokens of padding in a trial."""
+GIVEN = frozenset({"lse", "window_queries"})
+"""Optional inputs that a session gives to maskers that declare the need."""
 
 _passed: WeakSet[Any] = WeakSet()
 _padded: WeakSet[Any] = WeakSet()
@@ -148,6 +150,21 @@ def check_applies(pipeline: Pipeline, layer_types: Sequence[str]) -> None:
         f"{kinds}; choose them by layer_types (such as layer_types=[{kinds}]), layers and "
         "dense_layers."
     )
+
+
+def check_needs(pipeline: Pipeline) -> None:
+    """Refuse a masker that needs an input which a session does not give.
+
+    Raises:
+        UnsupportedError: With the input's name.
+    """
+    for step in pipeline.steps:
+        for need in sorted(step.capabilities.needs - GIVEN):
+            raise UnsupportedError(
+                what=f"masker {step.name!r}",
+                reason=f"it needs {need}, and of the optional inputs only "
+                f"{' and '.join(sorted(GIVEN))} are given on a model",
+            )
 
 
 class Trial(Session):

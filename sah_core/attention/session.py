@@ -17,7 +17,7 @@ from sah_core.attention.steps import build_mask, leading_position_only, with_ste
 from sah_core.backend import Backend
 from sah_core.errors import ParameterError
 from sah_core.hookspecs import PROJECT, ObserverSpec
-from sah_core.inputs import Inputs, Phase
+from sah_core.inputs import PHASES, Inputs, Phase
 from sah_core.mask import KeyRange, Mask
 from sah_core.masker import Masker
 
@@ -136,6 +136,7 @@ class Session:
         )
         if self.pipeline.is_sparse(layer, layer_type, phase):
             return self._attend_sparsely(inputs)
+        self.remember(inputs)
         mask = full_mask(inputs)
         backend = self.choice.backend_for(inputs, mask, requested="auto", feedback=False)
         return self._run(inputs, mask, backend)
@@ -143,6 +144,7 @@ class Session:
     def _attend_sparsely(self, inputs: Inputs) -> Tensor:
         inputs = inputs.with_ops(self.choice.ops_for(inputs, self.requested))
         states = self.advance(inputs) if self._upkeep.stateful else {}
+        inputs = self.remember(inputs)
         mask = self.mask_for(inputs, states)
         backend = self.choice.backend_for(inputs, mask, requested=self.requested)
         self.backends_used.add(backend.name)
@@ -223,6 +225,17 @@ class Session:
             kept = self.layers[inputs.layer] = LayerState()
         self._upkeep.advance(kept, inputs)
         return kept.states
+
+    def remember(self, inputs: Inputs) -> Inputs:
+        """The call with the last query rows up to its own, which are kept for those that follow;
+        the call itself where no masker needs them.
+        """
+        if not self._upkeep.needs_window:
+            return inputs
+        layer = inputs.layer, inputs.layer_type
+        if not any(self.pipeline.is_sparse(*layer, phase) for phase in PHASES):
+            return inputs
+        return self._upkeep.remember(self.layers.setdefault(inputs.layer, LayerState()), inputs)
 
     def end_prefill(self, layers: Mapping[int, Inputs]) -> None:
         """Build the states of all layers from the cached context at once.

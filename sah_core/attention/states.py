@@ -6,17 +6,20 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
+import torch
 from torch import Tensor
 
 from sah_core.attention.steps import context_only, layer_info, with_step
 from sah_core.errors import UnsupportedError
-from sah_core.inputs import Inputs
+from sah_core.inputs import WINDOW_QUERIES, Inputs
 
 if TYPE_CHECKING:
     from sah_core.pipeline import Pipeline
 
-LayerToken = tuple[int, bool, dict[int, Any]]
-"""What `LayerState.snapshot` remembers: keys seen, whether the prefill has ended, states."""
+LayerToken = tuple[int, bool, dict[int, Any], Tensor | None]
+"""What `LayerState.snapshot` remembers: keys seen, whether the prefill has ended, states, and the
+last query rows.
+"""
 
 
 @attrs.define
@@ -27,20 +30,22 @@ class LayerState:
         seen: Keys that the states have been shown.
         ended: The end of the prefill has been announced.
         states: State per pipeline step.
+        window: The last query rows, where a masker needs them; a new tensor with every call.
     """
 
     seen: int = 0
     ended: bool = False
     states: dict[int, Any] = attrs.field(factory=dict)
+    window: Tensor | None = None
 
     def snapshot(self) -> LayerToken:
         """Remember the present state; costs what the states cannot cut back by length."""
         states = {i: s.snapshot() for i, s in self.states.items() if s is not None}
-        return self.seen, self.ended, states
+        return self.seen, self.ended, states, self.window
 
     def restore(self, token: LayerToken) -> None:
         """Go back to a snapshot."""
-        self.seen, self.ended, states = token
+        self.seen, self.ended, states, self.window = token
         if not states:
             self.states = {}
         for index, state in states.items():
@@ -63,12 +68,14 @@ class Upkeep:
 
     Attributes:
         stateful: Positions of the maskers that keep a state.
+        needs_window: A masker needs the last query rows.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._steps, self._seed = pipeline.steps, pipeline.seed
         self.stateful = tuple(i for i, s in enumerate(self._steps) if s.is_stateful())
         self._reads_values = any(not self._steps[i].capabilities.keys_only for i in self.stateful)
+        self.needs_window = any("window_queries" in s.capabilities.needs for s in self._steps)
 
     def advance(self, kept: LayerState, inputs: Inputs) -> None:
         """Take in the keys of a call, and announce the end of the prefill when it is over."""
@@ -85,6 +92,14 @@ class Upkeep:
             self._append(kept, inputs, max(context, kept.seen))
             self._end(kept, inputs)
         self._append(kept, inputs, inputs.key_len)
+
+    def remember(self, kept: LayerState, inputs: Inputs) -> Inputs:
+        """Keep the last query rows up to those of a call, and put them into it."""
+        rows = inputs.query[:, :, -WINDOW_QUERIES:]
+        if kept.window is not None and inputs.key_len != inputs.query_len:
+            rows = torch.cat([kept.window, rows], dim=2)[:, :, -WINDOW_QUERIES:]
+        kept.window = rows.clone()
+        return attrs.evolve(inputs, window_queries=kept.window)
 
     def end_prefill(self, kept: LayerState, inputs: Inputs) -> None:
         """Build the states from the cached context at once."""
@@ -127,11 +142,23 @@ class Upkeep:
 
     def _end(self, kept: LayerState, inputs: Inputs) -> None:
         context = context_only(inputs, kept.seen)
+        if self.needs_window:
+            context = attrs.evolve(context, window_queries=self._window(kept))
         for index, state in kept.states.items():
             if state is not None:
                 step_inputs = with_step(context, index, state, self._seed)
                 self._steps[index].end_prefill(state, step_inputs)
         kept.ended = True
+
+    @staticmethod
+    def _window(kept: LayerState) -> Tensor:
+        if kept.window is None:
+            raise UnsupportedError(
+                what="a dense prefill for a masker that needs the last queries of the context",
+                reason="they are only kept where the pipeline runs; add 'prefill=sparse' to its "
+                "options",
+            )
+        return kept.window
 
 
 def copied(request_state: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import attrs
 import pytest
 import torch
 
-from sah_core import Request, UnsupportedError, registry
+from sah_core import (
+    Capabilities,
+    Inputs,
+    Mask,
+    Masker,
+    Pipeline,
+    Request,
+    UnsupportedError,
+    registry,
+)
 from sah_core.models import ModelSource
 from sah_plugins.adapters.hf import HuggingFaceAdapter
 from sah_plugins.adapters.hf.loading import Loaded
@@ -78,6 +90,20 @@ def test_more_tokens_than_room_are_refused(adapter: HuggingFaceAdapter) -> None:
 def test_a_selection_without_a_bound_is_refused(adapter: HuggingFaceAdapter) -> None:
     with pytest.raises(UnsupportedError, match="give it a max_size"):
         adapter.capture_decode(adapter.prefill(request()), "oracle-top-p(0.7)")
+
+
+def test_a_masker_that_looks_at_the_last_queries_is_refused(adapter: HuggingFaceAdapter) -> None:
+    @attrs.frozen(kw_only=True)
+    class Looks(Masker):
+        name: ClassVar[str] = "looks"
+        capabilities: ClassVar[Capabilities] = Capabilities(needs=frozenset({"window_queries"}))
+
+        def add_mask(self, inputs: Inputs, previous: Mask) -> Mask:
+            assert inputs.window_queries is not None
+            return Mask.full(inputs.shape)
+
+    with pytest.raises(UnsupportedError, match=r"'looks' in captured decoding.*window_queries"):
+        adapter.capture_decode(adapter.prefill(request()), Pipeline.of(Looks()))
 
 
 @pytest.mark.parametrize("pipeline", ["value-aware-top-k(8)", "quest(16, page_size=4)"])

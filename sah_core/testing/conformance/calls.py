@@ -47,9 +47,6 @@ MODEL = Model(layers=4, heads=4, kv_heads=2, head_dim=16, hidden=24)
 SEED = 5
 
 
-LAST_QUERIES = 32
-
-
 TOLERANCE = 1e-6
 
 
@@ -206,9 +203,6 @@ class Run:
             hidden_states=needed("hidden_states", tokens.hidden[:, begin:end]),
             query_pre_rope=needed("query_pre_rope", rows),
             key_pre_rope=needed("key_pre_rope", tokens.key[:, :, :end]),
-            window_queries=needed(
-                "window_queries", tokens.query[:, :, max(0, end - LAST_QUERIES) : end]
-            ),
         )
 
     def call(
@@ -223,6 +217,7 @@ class Run:
         """One attention call, up to its mask."""
         inputs = self.inputs(begin, end, phase, layer, allowed)
         states = self.session.advance(inputs)
+        inputs = self.session.remember(inputs)
         return self.session.mask_for(inputs, states), inputs
 
     def captured(self, end: int, room: int) -> tuple[Mask, Inputs]:
@@ -251,7 +246,9 @@ class Run:
         begin = 0
         for size in chunks or (end,):
             if size:
-                self.session.advance(self.inputs(begin, begin + size, "prefill", layer, None))
+                inputs = self.inputs(begin, begin + size, "prefill", layer, None)
+                self.session.advance(inputs)
+                self.session.remember(inputs)
             begin += size
 
     def question(self, begin: int, end: int, *, layer: int = 0) -> tuple[Mask, Inputs]:

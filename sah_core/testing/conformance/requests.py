@@ -68,6 +68,7 @@ def check_layers_are_independent(masker: Masker) -> None:
     run.tokens = tokens
     run.context(115, layer=2)
     run.tokens = others
+    run.context(115, layer=3)
     run.question(115, 120, layer=3)
     run.tokens = tokens
     require(

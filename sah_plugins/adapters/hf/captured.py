@@ -61,6 +61,11 @@ class CapturedDecode:
                     what=f"masker {step.name!r} in captured decoding",
                     reason="its selection has no bound that the host knows; give it a max_size",
                 )
+            if "window_queries" in step.capabilities.needs:
+                raise UnsupportedError(
+                    what=f"masker {step.name!r} in captured decoding",
+                    reason="it needs window_queries, whose number grows with the steps",
+                )
         self.model, self.session, self.kv_cache = model, session, kv_cache
         self.capture = compat.Capture(kv_cache, token.shape[0], room + WARM_UP + 1, first)
         self.token = token.clone()

@@ -13,7 +13,7 @@ from sah_core import Allowed, Inputs, Pipeline, compat
 from sah_core.attention import Session, check_layers
 from sah_core.errors import ContextTooLongError, RequestError
 from sah_core.patching import use
-from sah_core.probing import check_applies, check_model
+from sah_core.probing import check_applies, check_model, check_needs
 
 from .loading import Loaded
 from .prefilled import ContextState, Prefilled
@@ -55,6 +55,7 @@ class Reader:
             check_layers(pipeline, len(self.layer_types))
             check_model(self.model)
             check_applies(pipeline, self.layer_types)
+            check_needs(pipeline)
 
     def _watched(self, session: Session, observers: Sequence[object]) -> Session:
         """A session with observers on the states of another one."""
