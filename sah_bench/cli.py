@@ -113,7 +113,7 @@ class LazyGroup(click.Group):
             note = "interrupted. finished samples are kept: the same command goes on from there."
             click.echo(f"\n{note}", err=True)
             ctx.exit(INTERRUPTED)
-        except Exception as error:
+        except Exception as error:  # the outermost place: a fault is one line and an exit code
             if ctx.meta.get(DEBUG):
                 raise
             ctx.exit(_report(error))

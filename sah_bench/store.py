@@ -419,7 +419,7 @@ def _replace(path: Path, content: Iterable[bytes]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # Ctrl-C too must leave no temporary file behind
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise

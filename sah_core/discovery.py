@@ -122,8 +122,7 @@ def all_entry_points() -> importlib.metadata.EntryPoints:
     """The entry points of everything that is installed; what is unreadable is left out."""
     try:
         return cast(importlib.metadata.EntryPoints, importlib.metadata.entry_points())
-    except Exception:
-        # One malformed entry_points.txt anywhere makes the function above raise.
+    except Exception:  # one malformed entry_points.txt anywhere raises, each flaw something else
         return importlib.metadata.EntryPoints(_readable_entry_points())
 
 
@@ -136,5 +135,5 @@ def _readable_entry_points() -> Iterator[importlib.metadata.EntryPoint]:
         seen.add(name)
         try:
             yield from distribution.entry_points
-        except Exception as error:
+        except Exception as error:  # as above; here it is known whose file it is
             _log.warning("the entry points of distribution %r are unreadable: %s", name, error)

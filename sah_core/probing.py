@@ -247,7 +247,7 @@ def _foreign(model: Any, what: str) -> Iterator[None]:
         yield
     except (SahError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # the code of a foreign model raises what it likes
         text = one_line(f"{type(error).__name__}: {error}")
         raise _refused(model, f"{what} fails ({text})") from error
 

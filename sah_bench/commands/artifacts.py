@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sah_core import registry
-from sah_core.errors import RequestError, UnsupportedError, nearest_names, short_repr
+from sah_core.errors import RequestError, SahError, UnsupportedError, nearest_names, short_repr
 
 from ..options import debug_option
 
@@ -43,7 +43,7 @@ class ToolGroup(click.Group):
         for name in registry.maskers.names():
             try:
                 tools = registry.maskers[name].artifact_tools
-            except Exception:  # a foreign plugin that is broken has no part in a list
+            except SahError:  # a plugin that is broken or disabled has no part in a list
                 continue
             if self.name in tools:
                 found.append(name)

@@ -59,7 +59,7 @@ def _write_atomically(path: Path, text: str) -> None:
         with os.fdopen(handle, "w", encoding="ascii") as file:
             file.write(text)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException:  # Ctrl-C too must leave no temporary file behind
         with suppress(OSError):
             os.unlink(temporary)
         raise
