@@ -281,7 +281,7 @@ def _json_shapes(path: Path) -> dict[str, str]:
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(str(path), f"it is no whole JSON file ({error})") from error
     if not isinstance(content, dict):
         raise ArtifactError(str(path), "it is JSON, but no object of named values")

@@ -214,6 +214,8 @@ def test_show_refuses_a_truncated_file(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(pickle.dumps([1, 2])[:-2])
     assert "it is no whole" in refused("show", path)
+    path.write_bytes(b"[" * 100_000)
+    assert "it is no whole" in refused("show", path)
     path.unlink()
     assert "no such file" in refused("show", path)
 

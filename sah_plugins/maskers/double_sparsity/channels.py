@@ -136,7 +136,7 @@ def write_channels(
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = f"it is no whole JSON file ({error}). copy or make it again."
         raise ArtifactError(str(path), reason) from error
     if not isinstance(content, dict):
@@ -150,7 +150,9 @@ def _order(path: Path, name: str, value: Any) -> Tensor:
         order = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(str(path), f"{name} is no table of integers; {_MAKE}") from error
-    if order.dtype.is_floating_point or order.dtype == torch.bool or order.dim() != 2:
+    kind = order.dtype
+    no_integers = kind.is_floating_point or kind.is_complex or kind == torch.bool
+    if no_integers or order.dim() != 2:
         raise ArtifactError(
             str(path), f"{name} is no table of integers, heads by channels; {_MAKE}"
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ from sah_core.artifacts import ConvertTool
 from sah_core.errors import ArtifactError
 
 from .weights import HashFunctions, checked_functions, checked_weights, write_weights
+
+_LAYER = re.compile("[0-9]{1,9}")
 
 _NO_CODE = "only tensors, arrays and containers are allowed; nothing in the file was run."
 
@@ -55,10 +58,9 @@ def layers_of(path: Path, content: Any) -> dict[int, HashFunctions]:
         raise ArtifactError(str(path), "it holds no weights by layer")
     layers = {}
     for name, parts in content.items():
-        try:
-            layer = int(name)
-        except (TypeError, ValueError) as error:
-            raise ArtifactError(str(path), f"{name!r} is no layer number") from error
+        if not _LAYER.fullmatch(str(name)) or int(name) in layers:
+            raise ArtifactError(str(path), f"{name!r} is no layer number, or one that comes twice")
+        layer = int(name)
         if not isinstance(parts, Mapping):
             raise ArtifactError(str(path), f"layer {layer} holds no matrices by name")
         sides = {side: _pairs(path, layer, side, parts) for side in ("query", "key")}

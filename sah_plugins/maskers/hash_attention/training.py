@@ -8,6 +8,7 @@ windows of text that the model reads once; a step takes a chunk of the window's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from sah_core import Inputs, Size, param
 from sah_core.artifacts import Material, ModelTool, Progress, watch_attention
+from sah_core.errors import RequestError
 from sah_core.ops import REFERENCE, apply_mlp
 from sah_plugins.artifacts.texts import token_windows
 
@@ -83,7 +85,12 @@ class HashTraining(ModelTool):
                     for layer, (query, key) in calls.items()
                 ]
                 done += 1
-                progress(done, self.steps, f"loss {sum(losses) / len(losses):.3f}")
+                loss = sum(losses) / len(losses)
+                if not math.isfinite(loss):
+                    raise RequestError(
+                        f"the loss is no longer finite at step {done}; set lr below {self.lr:g}"
+                    )
+                progress(done, self.steps, f"loss {loss:.3f}")
         trained = {layer: part.functions() for layer, part in layers.items()}
         recalls = {"recall": 0.0, "recall_untrained": 0.0}
         for window in held_out:

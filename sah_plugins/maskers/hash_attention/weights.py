@@ -225,6 +225,8 @@ def checked_functions(
             if not (weight.is_floating_point() and bias.is_floating_point()) or weight.dim() != 3:
                 raise error(f"{side} matrix {index} is no float tensor (heads, inputs, outputs)")
             heads, inputs, outputs = weight.shape
+            if not weight.numel():
+                raise error(f"{side} matrix {index} of shape {tuple(weight.shape)} is empty")
             if bias.numel() != heads * outputs or (width is not None and width != (heads, inputs)):
                 raise error(f"{side} matrix {index} of shape {tuple(weight.shape)} does not fit")
             if not bool(weight.isfinite().all()) or not bool(bias.isfinite().all()):

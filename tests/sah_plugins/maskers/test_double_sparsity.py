@@ -219,6 +219,11 @@ DAMAGED = {
     "floats": ({(0, "qk_proj"): [[0.5, 1.0]]}, "no table of integers"),
     "words": ({(0, "qk_proj"): [["a"]]}, "no table of integers"),
     "empty": ({(0, "qk_proj"): []}, "no table of integers"),
+    "no names": ("{}", "nothing in it is named like"),
+    "nothing": ("", "no whole JSON file"),
+    "nested without end": ("[" * 100_000, "no whole JSON file"),
+    "not a number": ({(0, "qk_proj"): [[float("nan"), 1]]}, "no table of integers"),
+    "too great": ({(0, "qk_proj"): [[10**30, 1]]}, "no table of integers"),
 }
 
 
@@ -237,6 +242,14 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path):
     save_file({NAME.format(0, "qk_proj"): orders(4).to(torch.int16)}, path)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ArtifactError, match="no whole safetensors file"):
+        DoubleSparsity(sorted_channel_file=str(path)).check_artifacts()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
+def test_channels_of_another_type_are_refused(tmp_path, dtype):
+    path = tmp_path / "channels.safetensors"
+    save_file({NAME.format(0, "qk_proj"): orders(4).to(dtype)}, path)
+    with pytest.raises(ArtifactError, match="no table of integers"):
         DoubleSparsity(sorted_channel_file=str(path)).check_artifacts()
 
 

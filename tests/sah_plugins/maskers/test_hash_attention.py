@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sah_core import Allowed, Inputs, Mask, Pipeline, Size, attach
 from sah_core.artifacts import Material
 from sah_core.attention import layer_info
-from sah_core.errors import ArtifactError, MissingParameterError, UnsupportedError
+from sah_core.errors import ArtifactError, MissingParameterError, RequestError, UnsupportedError
 from sah_core.parameters import from_plain
 from sah_core.testing import CHECKS
 from sah_plugins.maskers import hash_attention
@@ -237,6 +237,7 @@ DAMAGED = {
     "shape": (put("layers.0.key.1.weight", torch.ones(4, 7, 5)), "key matrix 1 of shape"),
     "heads": (put("layers.0.key.1.weight", torch.ones(3, 6, 5)), "key matrix 1 of shape"),
     "integers": (put("layers.0.key.1.weight", torch.ones(4, 6, 5).int()), "no float tensor"),
+    "no heads": (put("layers.0.query.0.weight", torch.ones(0, 8, 6)), r"\(0, 8, 6\) is empty"),
     "not finite": (put("layers.0.key.1.bias", torch.full((4, 5), torch.inf)), "not finite"),
     "bits differ": (
         lambda t: t.update(
@@ -443,6 +444,8 @@ WRONG = {
     "a list": ([1, 2], "no weights by layer"),
     "no layers": ({}, "no weights by layer"),
     "names": ({"first": {}}, "'first' is no layer number"),
+    "a layer below 0": ({-1: {}}, "-1 is no layer number"),
+    "a layer between two": ({1.5: {}}, "1.5 is no layer number"),
     "no names": ({0: [1]}, "layer 0 holds no matrices by name"),
     "missing side": ({0: {"query_matrix": [torch.ones(1, 1, 1)]}}, "layer 0 has no query_bias"),
     "numbers": ({0: {"query_matrix": [1.0], "query_bias": [1.0]}}, "something else than tensors"),
@@ -499,6 +502,13 @@ def test_training_is_deterministic_under_a_seed(tmp_path, tiny):
     train(tiny, paths[2], seed=1)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert paths[0].read_bytes() != paths[2].read_bytes()
+
+
+def test_training_that_diverges_is_refused_and_writes_nothing(tmp_path, tiny):
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(RequestError, match=r"no longer finite at step \d; set lr below 1e\+30"):
+        train(tiny, path, lr=1e30, steps=6)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("per_kv_head", [False, True])
