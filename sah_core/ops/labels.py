@@ -118,21 +118,13 @@ class LabelOps(LogitOps):
         Returns:
             float32 ``(batch, heads, query_len, count)``, -inf at entries that are no keys.
         """
-        batch, heads, query_len, head_dim = query.shape
-        count = indices.shape[3]
-        chosen = query_len == 1 and count < labels.shape[2]
-        if chosen:
-            labels, affine = take_rows(labels, indices), take_rows(affine, indices)
-        keys = _restored(labels, affine, bits, head_dim)
-        if not chosen:
+        _, heads, query_len, head_dim = query.shape
+        if query_len > 1 or indices.shape[3] >= labels.shape[2]:
+            keys = _restored(labels, affine, bits, head_dim)
             return self.logits_at(query, keys, indices, scaling, softcap)
-        group = heads // keys.shape[1]
-        scores = query.float().reshape(batch, keys.shape[1], group, head_dim) * scaling
-        scores = scores @ keys.transpose(2, 3)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
+        keys = _restored(take_rows(labels, indices), take_rows(affine, indices), bits, head_dim)
         none = spread_heads(indices, heads) < 0
-        return scores.view(batch, heads, 1, count).masked_fill(none, float("-inf"))
+        return self.logits(query, keys, scaling, softcap).masked_fill(none, float("-inf"))
 
 
 def _restored(labels: Tensor, affine: Tensor, bits: int, channels: int) -> Tensor:

@@ -55,18 +55,12 @@ class LogitOps:
         Returns:
             float32 ``(batch, heads, query_len, count)``, -inf at entries that are no keys.
         """
-        batch, heads, query_len, head_dim = query.shape
+        batch, heads, query_len, _ = query.shape
         count = indices.shape[3]
         if query_len > 1 or count >= key.shape[2]:
             scores = self.logits(query, key, scaling, softcap)
             places = spread_heads(indices, heads).clamp(min=0).long()
             scores = scores.gather(-1, places.expand(batch, heads, query_len, count))
         else:
-            rows = take_rows(key, indices).float()
-            group = heads // rows.shape[1]
-            grouped = query.float().reshape(batch, rows.shape[1], group, head_dim) * scaling
-            scores = grouped @ rows.transpose(2, 3)
-            if softcap is not None:
-                scores = torch.tanh(scores / softcap) * softcap
-            scores = scores.view(batch, heads, 1, count)
+            scores = self.logits(query, take_rows(key, indices), scaling, softcap)
         return scores.masked_fill(spread_heads(indices, heads) < 0, float("-inf"))

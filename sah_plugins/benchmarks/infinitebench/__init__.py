@@ -17,11 +17,8 @@ peers' data has them, every answer to code_run is wrong).
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -34,6 +31,7 @@ from sah_core.parameters import param
 from sah_plugins.data.benchmark import TableBenchmark, texts
 from sah_plugins.data.files import Row
 from sah_plugins.scorers.infinitebench import scorer_of
+from sah_plugins.text.prompts import prompts_of
 
 from . import invented
 from .tasks import CHOICE, INTEGERS, NUMBERS, TASKS
@@ -114,7 +112,7 @@ class InfiniteBench(TableBenchmark):
 
     def row_examples(self, task: str, index: int, row: Row) -> Iterator[Example]:
         """Yield the question of a row."""
-        template = _prompts()[self.variant][task]
+        template = prompts_of(__package__)[self.variant][task]
         fields = self._fields(task, index, row)
         context = _filled(template["context"], fields)
         question = _filled(template["question"], fields)
@@ -227,13 +225,6 @@ def _number_of(task: str, text: str) -> int | float:
 def _filled(template: str, fields: Mapping[str, str]) -> str:
     """The template with its fields filled in; braces in what is filled in mean nothing."""
     return _FIELD.sub(lambda found: fields[found[1]], template)
-
-
-@cache
-def _prompts() -> dict[str, dict[str, dict[str, str]]]:
-    text = files(__package__).joinpath("prompts.json").read_text(encoding="utf-8")
-    prompts: dict[str, dict[str, dict[str, str]]] = json.loads(text)
-    return prompts
 
 
 @hookimpl

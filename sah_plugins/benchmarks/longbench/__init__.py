@@ -14,10 +14,7 @@ where the official code fails and takes 0.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -37,6 +34,7 @@ from sah_core.parameters import param
 from sah_plugins.data.benchmark import TableBenchmark, texts
 from sah_plugins.data.files import Row
 from sah_plugins.scorers.longbench import BUCKETS, METRIC_OF_TASK, bucket_of, example_score
+from sah_plugins.text.prompts import prompts_of
 
 from . import invented
 from .tasks import CATEGORIES, CLASSIFICATION, EXTENDED, SUFFIX, TASKS, WITHOUT_CHAT, base_of
@@ -186,16 +184,9 @@ def _means(scores: Mapping[str, float | None], label: str, overall: str) -> dict
     return {**named, f"{overall}{label}": mean(known)}
 
 
-@cache
-def _prompts() -> dict[str, str]:
-    text = files(__package__).joinpath("prompts.json").read_text(encoding="utf-8")
-    prompts: dict[str, str] = json.loads(text)
-    return prompts
-
-
 def _template(task: str) -> tuple[str, str]:
     """The prompt before and after the context."""
-    head, _, tail = _prompts()[task].partition("{context}")
+    head, _, tail = prompts_of(__package__)[task].partition("{context}")
     return head, tail
 
 

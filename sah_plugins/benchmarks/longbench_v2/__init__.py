@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -35,6 +33,7 @@ from sah_core.parameters import param
 from sah_plugins.data.benchmark import TableBenchmark
 from sah_plugins.data.files import Row
 from sah_plugins.scorers.longbench_v2 import BLANK_CREDIT, COLUMNS, extract_answer, in_column
+from sah_plugins.text.prompts import prompts_of
 
 _CHOICES = tuple("ABCD")
 _COLUMNS = (
@@ -98,7 +97,7 @@ class LongBenchV2(TableBenchmark):
 
     def row_examples(self, task: str, index: int, row: Row) -> Iterator[Example]:
         """Yield the question of a row."""
-        head, tail = _prompts()[task].split("$DOC$")
+        head, tail = prompts_of(__package__)[task].split("$DOC$")
         context = head + str(row["context"]).strip()
         fields = [("$Q$", row["question"])]
         fields += [(f"$C_{letter}$", row[f"choice_{letter}"]) for letter in _CHOICES]
@@ -120,7 +119,7 @@ class LongBenchV2(TableBenchmark):
         """Return the question for the letter after reasoning; None after that."""
         if example.task != "cot" or example.facts.get(_STAGE):
             return None
-        head, rest = _prompts()["cot_answer"].split("$QUESTION$")
+        head, rest = prompts_of(__package__)["cot_answer"].split("$QUESTION$")
         # The first prompt ends in the question and the cue, behind the end of the text.
         question = example.question.removeprefix("\n</text>\n\n")
         return attrs.evolve(
@@ -179,13 +178,6 @@ def invented_rows() -> list[dict[str, str]]:
         }
         for number in range(6)
     ]
-
-
-@cache
-def _prompts() -> dict[str, str]:
-    text = files(__package__).joinpath("prompts.json").read_text(encoding="utf-8")
-    prompts: dict[str, str] = json.loads(text)
-    return prompts
 
 
 @hookimpl

@@ -19,7 +19,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -40,6 +39,7 @@ from sah_core.parameters import param
 from sah_plugins.data.benchmark import TableBenchmark
 from sah_plugins.data.files import Row
 from sah_plugins.scorers.loogle import DEVIATIONS, SCORERS
+from sah_plugins.text.prompts import prompts_of
 
 from . import invented
 from .tasks import CLOZE, KINDS, LONG_QA, REORDER, TASKS
@@ -119,7 +119,7 @@ class Loogle(TableBenchmark):
     def row_examples(self, task: str, index: int, row: Row) -> Iterator[Example]:
         """Yield the questions of a row that belong to the task."""
         known = TASKS[task]
-        head, _, tail = _prompts()[known.prompt].partition("{input}")
+        head, _, tail = prompts_of(__package__)[known.prompt].partition("{input}")
         context = head + str(row["input"])
         for number, (question, references) in enumerate(self._pairs(task, index, row)):
             facts = {"masks": len(json.loads(references[0]))} if task == CLOZE else {}
@@ -252,13 +252,6 @@ def _over_masks(samples: Sequence[ScoredExample], name: str) -> float | None:
 @cache
 def _say_once(line: str) -> None:
     _log.warning("%s", line)
-
-
-@cache
-def _prompts() -> dict[str, str]:
-    text = files(__package__).joinpath("prompts.json").read_text(encoding="utf-8")
-    prompts: dict[str, str] = json.loads(text)
-    return prompts
 
 
 @hookimpl

@@ -12,7 +12,6 @@ import random
 import string
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from math import pi
 from typing import Any
 
 import attrs
@@ -23,9 +22,7 @@ from .inputs import Counter, Inputs
 from .tasks import (
     CWE,
     CWE_COMMON,
-    CWE_SHORT,
     FWE,
-    FWE_ALPHA,
     NOISE,
     QA,
     VT,
@@ -35,8 +32,10 @@ from .tasks import (
     Prompt,
     Task,
     chain_lines,
+    common_words,
     documents_text,
     enumeration,
+    frequency,
     needle,
     numbered,
 )
@@ -46,8 +45,6 @@ _LAST_TRIES = 200
 
 _DEPTHS = tuple(round(100 * i / 39) for i in range(40))
 """Percent of the sentences before an essay needle: 40 values from 0 to 100."""
-
-_ZETA_2 = pi**2 / 6
 
 
 @attrs.define(kw_only=True)
@@ -354,9 +351,9 @@ class _CommonWords(_Maker):
 
     def prompt(self, size: int) -> Prompt:
         """Return a prompt whose main list has ``size`` distinct words."""
-        short = self.length < CWE_SHORT
-        example, example_answers = self._list(*((20, 3, 1) if short else (40, 10, 3)))
-        context, answers = self._list(size, *((6, 1) if short else (30, 3)))
+        sizes = common_words(self.length)
+        example, example_answers = self._list(sizes.shown, sizes.shown_common, sizes.shown_uncommon)
+        context, answers = self._list(size, sizes.common, sizes.uncommon)
         shown = CWE.fill(example, ())
         prompt = CWE.fill(context, tuple(answers))
         few_shot = f"{shown.text} {numbered(example_answers)}\n"
@@ -407,9 +404,7 @@ class _FrequentWords(_Maker):
 
     def _listed(self, vocabulary: list[str], size: int) -> Prompt:
         listed = [
-            word
-            for rank, word in enumerate(vocabulary, 1)
-            for _ in range(int(size * rank**-FWE_ALPHA / _ZETA_2))
+            word for rank, word in enumerate(vocabulary, 1) for _ in range(frequency(rank, size))
         ]
         self.streams.shuffle(listed)
         return FWE.fill(" ".join(listed), tuple(vocabulary[1:4]))

@@ -20,7 +20,6 @@ The tasks, wording and proportions are RULER's. What differs from the official g
 import string
 import uuid
 from collections.abc import Callable, Sequence
-from math import pi
 from typing import TypeVar
 
 import attrs
@@ -33,9 +32,7 @@ from .inputs import Counter, Inputs
 from .tasks import (
     CWE,
     CWE_COMMON,
-    CWE_SHORT,
     FWE,
-    FWE_ALPHA,
     NOISE,
     QA,
     VT,
@@ -45,8 +42,10 @@ from .tasks import (
     Prompt,
     Task,
     chain_lines,
+    common_words,
     documents_text,
     enumeration,
+    frequency,
     needle,
     numbered,
 )
@@ -55,7 +54,6 @@ _STEPS = 16
 """Steps of the grid of sizes per doubling."""
 
 _TINY = 1024
-_ZETA_2 = pi**2 / 6
 
 Item = TypeVar("Item")
 
@@ -217,13 +215,13 @@ class Maker:
     def _common_words(self, draws: Draws) -> Build:
         words = self.inputs.words()
         order = _shuffled(words, draws.stream("order", len(words)))
-        tiny, short = self.length < _TINY, self.length < CWE_SHORT
-        common, uncommon = (3, 1) if tiny else (6, 1) if short else (30, 3)
+        tiny, sizes = self.length < _TINY, common_words(self.length)
+        common, uncommon = (3, 1) if tiny else (sizes.common, sizes.uncommon)
         example_words = _shuffled(words, draws.stream("example order", len(words)))
         # The words of the example are the last ones of the main list to be used.
-        shown_size, shown_common, shown_uncommon = (20, 3, 1) if short else (40, 10, 3)
-        shown = set(example_words[:shown_size])
-        order = [word for word in order if word not in shown] + example_words[:shown_size]
+        shown = example_words[: sizes.shown]
+        taken = set(shown)
+        order = [word for word in order if word not in taken] + shown
 
         def word_list(words: list[str], common: int, uncommon: int, label: str) -> str:
             listed = words[:CWE_COMMON] * common
@@ -236,8 +234,8 @@ class Maker:
 
         few_shot = ""
         if not tiny:
-            listed = word_list(example_words[:shown_size], shown_common, shown_uncommon, "example")
-            few_shot = f"{CWE.fill(listed, ()).text} {numbered(example_words[:CWE_COMMON])}\n"
+            listed = word_list(shown, sizes.shown_common, sizes.shown_uncommon, "example")
+            few_shot = f"{CWE.fill(listed, ()).text} {numbered(shown[:CWE_COMMON])}\n"
 
         def build(size: int) -> Prompt:
             wanted = CWE_COMMON + size
@@ -276,10 +274,7 @@ class Maker:
         least = 27
 
         def build(size: int) -> Prompt:
-            counts = [
-                int((least + size) * rank**-FWE_ALPHA / _ZETA_2)
-                for rank in range(1, len(vocabulary) + 1)
-            ]
+            counts = [frequency(rank, least + size) for rank in range(1, len(vocabulary) + 1)]
             listed: list[str] = []
             keys: list[int] = []
             for rank, (word, count) in enumerate(zip(vocabulary, counts, strict=True)):

@@ -3,6 +3,7 @@
 Settings and wording are those of NVIDIA/RULER at commit c3f5e3b (Apache-2.0).
 """
 
+from math import pi
 from typing import Literal
 
 import attrs
@@ -183,7 +184,37 @@ VT_HOPS = 4
 CWE_COMMON = 10
 CWE_SHORT = 4096
 """Below this length cwe has shorter lists."""
-FWE_ALPHA = 2.0
+_FWE_ALPHA = 2.0
+_ZETA_2 = pi**2 / 6
+
+
+@attrs.frozen
+class CommonWords:
+    """The sizes of the word lists of cwe.
+
+    Attributes:
+        shown: Distinct words of the list of the example.
+        shown_common: How often its common words come.
+        shown_uncommon: How often its others come.
+        common: How often the common words of the main list come.
+        uncommon: How often its others come.
+    """
+
+    shown: int
+    shown_common: int
+    shown_uncommon: int
+    common: int
+    uncommon: int
+
+
+def common_words(length: int) -> CommonWords:
+    """Return the sizes of the word lists of a prompt of so many tokens."""
+    return CommonWords(20, 3, 1, 6, 1) if length < CWE_SHORT else CommonWords(40, 10, 3, 30, 3)
+
+
+def frequency(rank: int, size: int) -> int:
+    """Return how often the word of a rank, from 1, comes among ``size`` words of fwe."""
+    return int(size * rank**-_FWE_ALPHA / _ZETA_2)
 
 
 def needle(kind: ItemKind, key: str, value: str) -> str:

@@ -11,6 +11,7 @@ from sah_core.errors import DataError
 from sah_plugins.benchmarks.longbench import LongBench, invented
 from sah_plugins.benchmarks.longbench.tasks import CATEGORIES, EXTENDED, TASKS, base_of
 from sah_plugins.scorers.longbench import SCORERS
+from sah_plugins.text.prompts import prompts_of
 
 pytestmark = pytest.mark.unit
 
@@ -48,12 +49,10 @@ def test_the_tasks_are_the_21_and_the_13():
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 @pytest.mark.parametrize("task", ["narrativeqa", "qasper_e", "lcc", "trec"])
 def test_a_prompt_is_the_official_template_with_the_row_in_it(tmp_path, suffix, task):
-    from sah_plugins.benchmarks.longbench import _prompts
-
     row = {**ROW, "all_classes": ["Date", "City"]} if task == "trec" else ROW
     write(tmp_path / f"{task}.{suffix}", [row])
     [example] = LongBench(data_dir=str(tmp_path)).examples(task, None, 0)
-    template = _prompts()[base_of(task).name]
+    template = prompts_of("sah_plugins.benchmarks.longbench")[base_of(task).name]
     assert example.context + example.question == template.format(**row)
     assert example.context.endswith(row["context"])
     assert (example.id, example.references, example.answer_prefix) == (
