@@ -19,7 +19,7 @@ from sah_plugins.adapters.hf.prompts import Prompt
 from sah_plugins.adapters.hf.rounds import rounds
 from sah_plugins.metrics.density import Density
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet")]
 
 FAMILIES = ("llama", "gemma3", "gpt-oss", "qwen3-next", "deepseek-v3")
 PIPELINES = (
@@ -40,30 +40,6 @@ REQUESTS = (
     Request(context="x", questions=("who is it?", "who is in the tin?")),
     Request(context="an ant and a hen.\nthe rat is red.", questions=("b?", "\nwho is there?")),
 )
-
-
-@pytest.fixture(autouse=True)
-def _quiet(caplog):
-    caplog.set_level("ERROR", logger="transformers")
-
-
-@pytest.fixture(scope="module")
-def make(models):
-    built = {}
-
-    def adapter(pipeline="dense", family="llama", **tokenizer):
-        if family not in built:
-            built[family] = models.build(family)
-        source = ModelSource(kind="folder", location="tiny", label="tiny")
-        loaded = Loaded(
-            model=built[family],
-            tokenizer=models.tokenizer(**tokenizer),
-            source=source,
-            weights_hash="0",
-        )
-        return HuggingFaceAdapter.of(loaded, pipeline)
-
-    return adapter
 
 
 def token_ids(responses):

@@ -9,40 +9,14 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from sah_core import Request
 from sah_core.errors import ParameterError, RequestError
-from sah_core.models import ModelSource
 from sah_plugins.adapters.hf import HuggingFaceAdapter
-from sah_plugins.adapters.hf.loading import Loaded
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet")]
 
 CONTEXT = "the hen and the rat are on the hearth. an ant is in the red tin.\nno one is there. "
 QUESTIONS = ("who is in the tin?", "where is the hen?", "is the rat on it?")
 WINDOW, STATEFUL, EVERYTHING = "sink(2) | local(4)", "sink(2) | quest(8, page_size=4)", "local(1.0)"
 SAMPLE = {"max_new_tokens": 8, "do_sample": True, "temperature": 3.0, "eos_token_id": 1}
-
-
-@pytest.fixture(autouse=True)
-def _quiet(caplog):
-    caplog.set_level("ERROR", logger="transformers")
-
-
-@pytest.fixture(scope="module")
-def make(models):
-    built = {}
-
-    def adapter(pipeline="dense", family="llama", **tokenizer):
-        if family not in built:
-            built[family] = models.build(family)
-        source = ModelSource(kind="folder", location="tiny", label="tiny")
-        loaded = Loaded(
-            model=built[family],
-            tokenizer=models.tokenizer(**tokenizer),
-            source=source,
-            weights_hash="0",
-        )
-        return HuggingFaceAdapter.of(loaded, pipeline)
-
-    return adapter
 
 
 def ask(adapter, options, questions=QUESTIONS, context=CONTEXT, **request):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sah_core import Allowed, Inputs, Mask
-from sah_core.attention import build_mask
+from sah_core.attention import build_mask, layer_info
 from sah_core.randomness import Random
 
 
@@ -41,6 +41,42 @@ def make_inputs(
         "key_len": key_len,
     }
     return Inputs(**(given | more))
+
+
+def tiny(query_len=1, *, heads=4, kv_heads=2, key_len=61, layer=1, first=None, **more):
+    """A call of one of two layers with 8 channels, whose values are its keys."""
+    torch.manual_seed(layer)
+    first = None if first is None else torch.tensor(first, dtype=torch.int32)
+    batch = 1 if first is None else len(first)
+    key = torch.randn(batch, kv_heads, key_len, 8)
+    return Inputs(
+        query=torch.randn(batch, heads, query_len, 8),
+        key=key,
+        value=key,
+        allowed=Allowed.causal(query_len, key_len, first=first),
+        scaling=0.3,
+        key_len=key_len,
+        layer=layer,
+        layer_count=2,
+        **more,
+    )
+
+
+def with_state(masker, inputs, *, chunks=None):
+    """The call with a state that has seen its keys, all at once or in chunks of some sizes."""
+    state = masker.init_state(layer_info(inputs))
+    start = 0
+    for size in chunks or [inputs.key_len]:
+        part = inputs.key[:, :, start : start + size]
+        masker.append(state, part, part, start)
+        start += size
+    return attrs.evolve(inputs, state=state)
+
+
+def chosen(masker, inputs):
+    """Which allowed keys a masker selects by itself."""
+    mask = masker.add_mask(inputs, Mask.empty(inputs.shape))
+    return (mask & inputs.allowed).to_dense() > 0
 
 
 def captured(inputs, room=5):
@@ -150,12 +186,13 @@ class Draws:
 
 @pytest.fixture(scope="session")
 def calls():
-    """Builders: ``calls.make``, ``calls.captured``, ``calls.previous``, ``calls.effective``,
-    ``calls.Draws``.
-    """
+    """What this module defines, as attributes of one object."""
 
     class Calls:
         make = staticmethod(make_inputs)
+        tiny = staticmethod(tiny)
+        with_state = staticmethod(with_state)
+        chosen = staticmethod(chosen)
         captured = staticmethod(captured)
         previous = staticmethod(previous_mask)
         effective = staticmethod(effective)

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sah_core import Allowed, Inputs, Mask, Pipeline, Size, attach
+from sah_core import Allowed, Pipeline, Size, attach
 from sah_core.artifacts import Material, watch_attention
 from sah_core.attention import layer_info
 from sah_core.errors import ArtifactError, MissingParameterError, ParameterError, UnsupportedError
@@ -41,39 +41,6 @@ def channel_file(folder, *, layers=2, heads=4, head_dim=8, selection="qk_proj"):
     path = folder / "channels.json"
     path.write_text(json.dumps(names))
     return path
-
-
-def call(query_len=1, *, heads=4, kv_heads=2, key_len=61, layer=1, first=None, **more):
-    torch.manual_seed(layer)
-    first = None if first is None else torch.tensor(first, dtype=torch.int32)
-    batch = 1 if first is None else len(first)
-    key = torch.randn(batch, kv_heads, key_len, 8)
-    return Inputs(
-        query=torch.randn(batch, heads, query_len, 8),
-        key=key,
-        value=key,
-        allowed=Allowed.causal(query_len, key_len, first=first),
-        scaling=0.3,
-        key_len=key_len,
-        layer=layer,
-        layer_count=2,
-        **more,
-    )
-
-
-def with_state(masker, inputs, *, chunks=None):
-    state = masker.init_state(layer_info(inputs))
-    start = 0
-    for size in chunks or [inputs.key_len]:
-        part = inputs.key[:, :, start : start + size]
-        masker.append(state, part, part, start)
-        start += size
-    return attrs.evolve(inputs, state=state)
-
-
-def chosen(masker, inputs):
-    mask = masker.add_mask(inputs, Mask.empty(inputs.shape))
-    return (mask & inputs.allowed).to_dense() > 0
 
 
 def rounded(vector, bits):
@@ -114,7 +81,7 @@ def expected(masker, inputs, order):
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "max"])
 @pytest.mark.parametrize("bits", [16, 4, 3])
 @pytest.mark.parametrize("lists", [4, 2])
-def test_the_selection_is_that_of_the_definition(tmp_path, lists, bits, reduction):
+def test_the_selection_is_that_of_the_definition(calls, tmp_path, lists, bits, reduction):
     masker = DoubleSparsity(
         heavy_size=0.2,
         sorted_channel_file=str(channel_file(tmp_path, heads=lists)),
@@ -122,28 +89,28 @@ def test_the_selection_is_that_of_the_definition(tmp_path, lists, bits, reductio
         label_bits=bits,
         group_reduction=reduction,
     )
-    for inputs in (call(), call(7), call(2, first=[0, 40])):
-        got = chosen(masker, with_state(masker, inputs))
+    for inputs in (calls.tiny(), calls.tiny(7), calls.tiny(2, first=[0, 40])):
+        got = calls.chosen(masker, calls.with_state(masker, inputs))
         assert torch.equal(got, expected(masker, inputs, orders(lists, seed=1)))
 
 
-def test_every_layer_has_its_own_channels(tmp_path):
+def test_every_layer_has_its_own_channels(calls, tmp_path):
     path = channel_file(tmp_path)
     masker = DoubleSparsity(heavy_size=9, sorted_channel_file=str(path), group_factor=4)
     selections = []
     for layer in (0, 1):
-        inputs = with_state(masker, attrs.evolve(call(), layer=layer))
-        selections.append(chosen(masker, inputs))
+        inputs = calls.with_state(masker, attrs.evolve(calls.tiny(), layer=layer))
+        selections.append(calls.chosen(masker, inputs))
         assert torch.equal(selections[-1], expected(masker, inputs, orders(4, seed=layer)))
     assert not torch.equal(*selections)
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_a_length_on_the_device_selects_what_a_host_length_does(tmp_path, bits):
+def test_a_length_on_the_device_selects_what_a_host_length_does(calls, tmp_path, bits):
     masker = DoubleSparsity(
         heavy_size=0.2, sorted_channel_file=str(channel_file(tmp_path)), label_bits=bits
     )
-    inputs = call()
+    inputs = calls.tiny()
     buffer = torch.zeros(1, 2, 96, 8)
     buffer[:, :, :61] = inputs.key
     captured = attrs.evolve(
@@ -158,32 +125,32 @@ def test_a_length_on_the_device_selects_what_a_host_length_does(tmp_path, bits):
     masker.append(state, inputs.key[:, :, :60], inputs.key[:, :, :60], 0)
     start = torch.tensor([60], dtype=torch.int32)
     masker.append(state, inputs.key[:, :, 60:], inputs.key[:, :, :0], start)
-    got = chosen(masker, attrs.evolve(captured, state=state))
-    assert torch.equal(got[..., :61], chosen(masker, with_state(masker, inputs)))
+    got = calls.chosen(masker, attrs.evolve(captured, state=state))
+    assert torch.equal(got[..., :61], calls.chosen(masker, calls.with_state(masker, inputs)))
     assert not got[..., 61:].any()
 
 
-def test_labels_take_the_bits_that_are_said(tmp_path):
+def test_labels_take_the_bits_that_are_said(calls, tmp_path):
     path = str(channel_file(tmp_path))
-    inputs = call()
+    inputs = calls.tiny()
     labels = {}
     for bits in (2, 4, 16):
         masker = DoubleSparsity(sorted_channel_file=path, group_factor=2, label_bits=bits)
-        labels[bits] = masker.bytes_read(with_state(masker, inputs))
+        labels[bits] = masker.bytes_read(calls.with_state(masker, inputs))
     # four channels in a word or in four floats, and step and minimum beside codes
     assert labels == {2: 4 * 61 * (4 + 8), 4: 4 * 61 * (4 + 8), 16: 4 * 61 * 16}
 
 
-def test_buffers_grow_when_the_context_outgrows_the_capacity(tmp_path):
+def test_buffers_grow_when_the_context_outgrows_the_capacity(calls, tmp_path):
     masker = DoubleSparsity(heavy_size=9, sorted_channel_file=str(channel_file(tmp_path)))
-    inputs = call()
+    inputs = calls.tiny()
     short = attrs.evolve(inputs, key=inputs.key[:, :, :5], value=inputs.key[:, :, :5], key_len=5)
     state = masker.init_state(layer_info(short))
     for start, stop in ((0, 5), (5, 6), (6, 40), (40, 61)):
         part = inputs.key[:, :, start:stop]
         masker.append(state, part, part, start)
-    got = chosen(masker, attrs.evolve(inputs, state=state))
-    assert torch.equal(got, chosen(masker, with_state(masker, inputs)))
+    got = calls.chosen(masker, attrs.evolve(inputs, state=state))
+    assert torch.equal(got, calls.chosen(masker, calls.with_state(masker, inputs)))
 
 
 def test_the_channel_file_is_required():
@@ -266,19 +233,19 @@ OTHER_MODELS = {
 
 
 @pytest.mark.parametrize("case", OTHER_MODELS)
-def test_a_channel_file_of_another_model_is_refused(tmp_path, case):
+def test_a_channel_file_of_another_model_is_refused(calls, tmp_path, case):
     content, message = OTHER_MODELS[case]
     masker = DoubleSparsity(sorted_channel_file=write(tmp_path, content))
     masker.check_artifacts()
     with pytest.raises(UnsupportedError, match=message) as caught:
-        masker.init_state(layer_info(call()))
+        masker.init_state(layer_info(calls.tiny()))
     assert "\n" not in str(caught.value)
 
 
-def test_a_layer_that_is_not_in_the_file_is_refused(tmp_path):
+def test_a_layer_that_is_not_in_the_file_is_refused(calls, tmp_path):
     masker = DoubleSparsity(sorted_channel_file=write(tmp_path, {(0, "qk_proj"): GOOD}))
     with pytest.raises(ArtifactError, match="holds no qk_proj channels of layer 1"):
-        masker.init_state(layer_info(call()))
+        masker.init_state(layer_info(calls.tiny()))
 
 
 # Calibration

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sah_core import Allowed, Inputs, Mask, Pipeline, Size, attach
+from sah_core import Allowed, Pipeline, Size, attach
 from sah_core.artifacts import Material
 from sah_core.attention import layer_info
 from sah_core.errors import ArtifactError, MissingParameterError, RequestError, UnsupportedError
@@ -46,38 +46,6 @@ def weight_file(folder, *, layers=2, **options):
     made = {layer: functions(seed=layer, **options) for layer in range(layers)}
     write_weights(path, made, {"model": "tiny"})
     return str(path)
-
-
-def call(query_len=1, *, heads=4, kv_heads=2, key_len=61, layer=1, first=None):
-    torch.manual_seed(layer)
-    first = None if first is None else torch.tensor(first, dtype=torch.int32)
-    batch = 1 if first is None else len(first)
-    key = torch.randn(batch, kv_heads, key_len, 8)
-    return Inputs(
-        query=torch.randn(batch, heads, query_len, 8),
-        key=key,
-        value=key,
-        allowed=Allowed.causal(query_len, key_len, first=first),
-        scaling=0.3,
-        key_len=key_len,
-        layer=layer,
-        layer_count=2,
-    )
-
-
-def with_state(masker, inputs, *, chunks=None):
-    state = masker.init_state(layer_info(inputs))
-    start = 0
-    for size in chunks or [inputs.key_len]:
-        part = inputs.key[:, :, start : start + size]
-        masker.append(state, part, part, start)
-        start += size
-    return attrs.evolve(inputs, state=state)
-
-
-def chosen(masker, inputs):
-    mask = masker.add_mask(inputs, Mask.empty(inputs.shape))
-    return (mask & inputs.allowed).to_dense() > 0
 
 
 def outputs(mlp, head, vector):
@@ -125,52 +93,58 @@ def expected(masker, inputs, hashed):
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "max"])
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_the_selection_is_that_of_the_definition(tmp_path, key_heads, reduction):
+def test_the_selection_is_that_of_the_definition(calls, tmp_path, key_heads, reduction):
     path = weight_file(tmp_path, key_heads=key_heads)
     masker = HashAttention(heavy_size=0.2, hat_weight_file=path, group_reduction=reduction)
-    for inputs in (call(key_len=40), call(3, key_len=31), call(1, key_len=31, first=[0, 20])):
-        got = chosen(masker, with_state(masker, inputs))
+    for inputs in (
+        calls.tiny(key_len=40),
+        calls.tiny(3, key_len=31),
+        calls.tiny(1, key_len=31, first=[0, 20]),
+    ):
+        got = calls.chosen(masker, calls.with_state(masker, inputs))
         hashed = functions(seed=1, key_heads=key_heads)
         assert torch.equal(got, expected(masker, inputs, hashed))
 
 
-def test_signatures_longer_than_a_word_are_compared_whole(tmp_path):
+def test_signatures_longer_than_a_word_are_compared_whole(calls, tmp_path):
     path = weight_file(tmp_path, widths=(8, 6, 40))
     masker = HashAttention(heavy_size=7, hat_weight_file=path, hat_bits=40)
-    inputs = with_state(masker, call(key_len=40))
+    inputs = calls.with_state(masker, calls.tiny(key_len=40))
     assert inputs.state.words.shape[3] == 2
     assert torch.equal(
-        chosen(masker, inputs), expected(masker, inputs, functions(widths=(8, 6, 40), seed=1))
+        calls.chosen(masker, inputs), expected(masker, inputs, functions(widths=(8, 6, 40), seed=1))
     )
 
 
-def test_of_keys_that_agree_equally_the_earlier_win(tmp_path):
+def test_of_keys_that_agree_equally_the_earlier_win(calls, tmp_path):
     masker = HashAttention(heavy_size=5, hat_weight_file=weight_file(tmp_path))
-    inputs = call()
+    inputs = calls.tiny()
     inputs = attrs.evolve(inputs, key=inputs.key[:, :, :1].expand(-1, -1, 61, -1).clone())
-    got = chosen(masker, with_state(masker, inputs))
+    got = calls.chosen(masker, calls.with_state(masker, inputs))
     assert torch.equal(got[..., :5], torch.ones_like(got[..., :5]))
 
 
-def test_every_layer_has_its_own_functions(tmp_path):
+def test_every_layer_has_its_own_functions(calls, tmp_path):
     masker = HashAttention(heavy_size=9, hat_weight_file=weight_file(tmp_path))
-    inputs = [with_state(masker, attrs.evolve(call(), layer=layer)) for layer in (0, 1)]
-    first, second = (chosen(masker, one) for one in inputs)
+    inputs = [calls.with_state(masker, attrs.evolve(calls.tiny(), layer=layer)) for layer in (0, 1)]
+    first, second = (calls.chosen(masker, one) for one in inputs)
     assert not torch.equal(first, second)
     assert torch.equal(first, expected(masker, inputs[0], functions(seed=0)))
 
 
-def test_the_context_is_hashed_in_pieces_that_bound_the_memory(tmp_path, monkeypatch):
+def test_the_context_is_hashed_in_pieces_that_bound_the_memory(calls, tmp_path, monkeypatch):
     masker = HashAttention(heavy_size=9, hat_weight_file=weight_file(tmp_path))
-    whole = with_state(masker, call()).state.words
+    whole = calls.with_state(masker, calls.tiny()).state.words
     monkeypatch.setattr(hash_attention, "HIDDEN_BYTES", 4 * 32 * 4 * 7)
-    assert torch.equal(with_state(masker, call()).state.words, whole)
-    assert torch.equal(with_state(masker, call(), chunks=[30, 1, 30]).state.words, whole)
+    assert torch.equal(calls.with_state(masker, calls.tiny()).state.words, whole)
+    assert torch.equal(
+        calls.with_state(masker, calls.tiny(), chunks=[30, 1, 30]).state.words, whole
+    )
 
 
-def test_a_length_on_the_device_selects_what_a_host_length_does(tmp_path):
+def test_a_length_on_the_device_selects_what_a_host_length_does(calls, tmp_path):
     masker = HashAttention(heavy_size=0.2, hat_weight_file=weight_file(tmp_path))
-    inputs = call()
+    inputs = calls.tiny()
     buffer = torch.zeros(1, 2, 96, 8)
     buffer[:, :, :61] = inputs.key
     captured = attrs.evolve(
@@ -185,17 +159,17 @@ def test_a_length_on_the_device_selects_what_a_host_length_does(tmp_path):
     masker.append(state, inputs.key[:, :, :60], inputs.key[:, :, :60], 0)
     start = torch.tensor([60], dtype=torch.int32)
     masker.append(state, inputs.key[:, :, 60:], inputs.key[:, :, :0], start)
-    got = chosen(masker, attrs.evolve(captured, state=state))
-    assert torch.equal(got[..., :61], chosen(masker, with_state(masker, inputs)))
+    got = calls.chosen(masker, attrs.evolve(captured, state=state))
+    assert torch.equal(got[..., :61], calls.chosen(masker, calls.with_state(masker, inputs)))
     assert not got[..., 61:].any()
 
 
-def test_key_functions_per_kv_head_halve_what_is_read(tmp_path):
+def test_key_functions_per_kv_head_halve_what_is_read(calls, tmp_path):
     sizes = {}
     for key_heads in (4, 2):
         path = weight_file(tmp_path, key_heads=key_heads)
         masker = HashAttention(hat_weight_file=path)
-        sizes[key_heads] = masker.bytes_read(with_state(masker, call()))
+        sizes[key_heads] = masker.bytes_read(calls.with_state(masker, calls.tiny()))
     weights = 4 * (8 * 6 + 6 + 6 * 5 + 5 + 5 * 32 + 32) * 4
     assert sizes == {4: 4 * 61 * 4 + weights, 2: 2 * 61 * 4 + weights}
 
@@ -296,19 +270,19 @@ OTHER_MODELS = {
 
 
 @pytest.mark.parametrize("case", OTHER_MODELS)
-def test_weights_of_another_model_are_refused(tmp_path, case):
+def test_weights_of_another_model_are_refused(calls, tmp_path, case):
     options, message = OTHER_MODELS[case]
     masker = HashAttention(hat_weight_file=weight_file(tmp_path, **options))
     masker.check_artifacts()
     with pytest.raises(UnsupportedError, match=message) as caught:
-        masker.init_state(layer_info(call()))
+        masker.init_state(layer_info(calls.tiny()))
     assert "\n" not in str(caught.value)
 
 
-def test_a_layer_that_is_not_in_the_file_is_refused(tmp_path):
+def test_a_layer_that_is_not_in_the_file_is_refused(calls, tmp_path):
     masker = HashAttention(hat_weight_file=weight_file(tmp_path, layers=1))
     with pytest.raises(ArtifactError, match="it has no layer 1"):
-        masker.init_state(layer_info(call()))
+        masker.init_state(layer_info(calls.tiny()))
 
 
 # Conversion
