@@ -507,6 +507,43 @@ def test_signatures_of_new_keys_are_written_where_they_belong(ops, key_heads, dt
 
 
 @pytest.mark.parametrize("selections", [1, 2, 4])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_logits_from_labels_of_chosen_keys_are_those_of_the_reference(
+    ops, selections, bits, softcap
+):
+    inputs = call(batch=2, dim=24, key_len=90)
+    heads = inputs.kv_heads
+    labels = torch.zeros(2, heads, 100, -(-24 * code_width(bits) // 32), dtype=torch.int32)
+    affine = torch.zeros(2, heads, 100, 2)
+    every = torch.arange(24).expand(heads, -1)
+    REFERENCE.label_update(labels, affine, inputs.key, every, 0, bits)
+    indices = torch.stack([torch.randperm(90)[:70] for _ in range(2 * selections)])
+    indices = indices.view(2, selections, 1, 70).to(torch.int32)
+    indices[0, 0, 0, 5:9] = -1
+    arguments = (inputs.query, labels[:, :, :90], affine[:, :, :90], indices, bits, 0.3, softcap)
+    expected = REFERENCE.label_logits_at(*arguments)
+    assert torch.allclose(ops.label_logits_at(*arguments), expected, atol=2e-6)
+
+
+def test_logits_of_two_types_are_multiplied_in_the_one_that_holds_both(ops, monkeypatch):
+    inputs = call(dim=16, key_len=30)
+    half = inputs.query.to(torch.bfloat16)
+    kernel = sys.modules["sah_plugins.backends.triton.pages"].logits
+    types = []
+
+    def watched(query, key, *rest):
+        types.append((query.dtype, key.dtype))
+        return kernel(query, key, *rest)
+
+    monkeypatch.setattr(sys.modules["sah_plugins.backends.triton.pages"], "logits", watched)
+    for query, key in ((half, inputs.key), (inputs.query, inputs.key.to(torch.bfloat16))):
+        expected = REFERENCE.logits(query, key, 0.3)
+        assert torch.allclose(ops.logits(query, key, 0.3), expected, atol=1e-5)
+    assert types == [(torch.float32, torch.float32)] * 2
+
+
+@pytest.mark.parametrize("selections", [1, 2, 4])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_logits_and_cosines_of_chosen_keys_are_those_of_the_reference(ops, selections, softcap):
     inputs = call(batch=2, dim=24, key_len=90)

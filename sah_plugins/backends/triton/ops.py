@@ -43,7 +43,9 @@ class TritonOps(Ops):
         """Logits in float32, keys read once and never converted in memory."""
         if not takes(query, key) or query.shape[3] > 256 or not query.shape[2]:
             return super().logits(query, key, scaling, softcap)
-        return pages.logits(query, key, scaling, softcap)
+        # the units that multiply take one type: that of both, or the one that holds both
+        common = torch.promote_types(query.dtype, key.dtype)
+        return pages.logits(query.to(common), key.to(common), scaling, softcap)
 
     def masked_topk(
         self,
@@ -274,6 +276,29 @@ class TritonOps(Ops):
         if not takes(query, key) or max(query.shape[3], 16 * query.shape[2]) > 256:
             return super().logits_at(query, key, indices, scaling, softcap)
         return gathered.gathered(query, key, indices, scaling=scaling, softcap=softcap)
+
+    def label_logits_at(
+        self,
+        query: Tensor,
+        labels: Tensor,
+        affine: Tensor,
+        indices: Tensor,
+        bits: int,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Labels of chosen keys are read where they lie, and unpacked in registers."""
+        if not takes(query, affine) or max(query.shape[3], 16 * query.shape[2]) > 256:
+            return super().label_logits_at(query, labels, affine, indices, bits, scaling, softcap)
+        return gathered.gathered(
+            query,
+            labels,
+            indices,
+            scaling=scaling,
+            softcap=softcap,
+            affine=affine,
+            width=code_width(bits),
+        )
 
     def cosines(
         self, query: Tensor, key: Tensor, indices: Tensor, center: Tensor | None = None
