@@ -117,7 +117,7 @@ def gathered(
         scaling, 1.0 if softcap is None else softcap,
         GROUP=group, ROWS=rows, SELECTION_TILES=max(1, tiles // selections),
         HEAD_DIM=head_dim, DIM_BLOCK=triton.next_power_of_2(head_dim), BLOCK=BLOCK,
-        COSINE=cosine, WIDTH=width, HAS_CENTER=center is not None, HAS_CAP=softcap is not None, LOG2E=LOG2E,
-        num_warps=4,
+        COSINE=cosine, WIDTH=width, HAS_CENTER=center is not None, HAS_CAP=softcap is not None,
+        LOG2E=LOG2E, num_warps=4,
     )  # fmt: skip
     return out
