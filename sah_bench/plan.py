@@ -9,7 +9,8 @@ import attrs
 
 from .experiment import Experiment
 from .identity import cell_identity
-from .store import ERROR, METRICS, SAMPLES, canonical, configs, count_lines, read_json
+from .json_files import count_lines, read_json
+from .store import ERROR, METRICS, SAMPLES, canonical, configs
 
 
 @attrs.frozen(kw_only=True)

@@ -14,15 +14,8 @@ from sah_core.errors import RequestError, SahError, one_line
 from sah_core.parameters import from_plain
 from sah_core.scorer import Scorer, find_scorer
 
-from .store import (
-    CONFIG,
-    METRICS,
-    SAMPLES,
-    read_json,
-    read_rows,
-    replace_rows,
-    write_json,
-)
+from .json_files import read_json, read_rows, replace_rows, write_json
+from .store import CONFIG, METRICS, SAMPLES
 
 NOTE = "rescored"
 OTHER = "other_metrics"

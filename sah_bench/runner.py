@@ -480,7 +480,8 @@ def _contexts(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
 
 def _config(cell: Cell) -> dict[str, Any]:
-    from .store import CONFIG, read_json
+    from .json_files import read_json
+    from .store import CONFIG
 
     return read_json(cell.folder / CONFIG) or {}
 

@@ -18,8 +18,7 @@ import hashlib
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
@@ -28,6 +27,17 @@ from typing import Any
 import attrs
 
 from sah_core.errors import OutputFolderError
+
+from .json_files import (
+    Lines,
+    append_bytes,
+    arrange_lines,
+    cut,
+    read_json,
+    replace_rows,
+    to_line,
+    write_json,
+)
 
 SAMPLES = "samples.jsonl"
 MICRO_METRICS = "micro_metrics.jsonl"
@@ -168,7 +178,7 @@ class Cell:
             ValueError: A value is NaN or infinite.
         """
         observed = {
-            name: b"".join(_line({"id": sample.id, **row}) for row in rows)
+            name: b"".join(to_line({"id": sample.id, **row}) for row in rows)
             for name, rows in sample.observed.items()
         }
         sizes = {"record_bytes": {name: len(text) for name, text in observed.items()}}
@@ -179,16 +189,16 @@ class Cell:
             # Last: a sample counts as kept once it stands here, so the others must stand by then.
             (SAMPLES, self.records, {"id": sample.id, **sample.record}),
         )
-        lines = [(name, kept, row, _line(row)) for name, kept, row in rows]
+        lines = [(name, kept, row, to_line(row)) for name, kept, row in rows]
         with suppress(FileNotFoundError):  # from here on the cell is not done any more
             os.unlink(self.folder / METRICS)
         for name, text in observed.items():
             if text:
                 path = self.records_path(name)
                 path.parent.mkdir(exist_ok=True)
-                _append(path, text)
+                append_bytes(path, text)
         for name, kept, row, line in lines:
-            _append(self.folder / name, line)
+            append_bytes(self.folder / name, line)
             kept.append(row)
 
     def records_path(self, metric: str) -> Path:
@@ -205,7 +215,7 @@ class Cell:
         ordered = sorted(self.records, key=lambda row: place.get(row["id"], last))
         if ordered != self.records:
             for path in sorted((self.folder / RECORDS).glob("*.jsonl")):
-                _arrange_lines(path, [row["id"] for row in ordered])
+                arrange_lines(path, [row["id"] for row in ordered])
             self.records = ordered
             replace_rows(self.folder / SAMPLES, ordered)
             self._match()
@@ -246,8 +256,8 @@ class Cell:
 
     def _recover(self) -> None:
         """Read what is kept, and cut off what a killed run left half done."""
-        samples = _Lines.read(self.folder / SAMPLES)
-        micro = {row["id"]: row for row in _Lines.read(self.folder / MICRO_METRICS).rows}
+        samples = Lines.read(self.folder / SAMPLES)
+        micro = {row["id"]: row for row in Lines.read(self.folder / MICRO_METRICS).rows}
         complete = list(takewhile(lambda row: row["id"] in micro, samples.rows))
         count = self._recover_records([micro[row["id"]] for row in complete])
         self.records = samples.cut(count)
@@ -258,7 +268,7 @@ class Cell:
         self.micro, self.timings = self._matched(MICRO_METRICS), self._matched(TIMINGS)
 
     def _matched(self, name: str) -> list[dict[str, Any]]:
-        lines = _Lines.read(self.folder / name)
+        lines = Lines.read(self.folder / name)
         by_id = {row["id"]: row for row in lines.rows}
         matched = [by_id[row["id"]] for row in self.records if row["id"] in by_id]
         if matched == lines.rows[: len(matched)]:
@@ -288,54 +298,8 @@ class Cell:
                 break
             ends.append(end)
         for path, size in there.items():
-            _cut(path, min(size, ends[-1].get(path, 0)))
+            cut(path, min(size, ends[-1].get(path, 0)))
         return len(ends) - 1
-
-
-@attrs.define
-class _Lines:
-    """The whole lines of a JSON Lines file, and where each ends."""
-
-    path: Path
-    rows: list[dict[str, Any]]
-    ends: list[int]
-
-    @classmethod
-    def read(cls, path: Path) -> _Lines:
-        lines = cls(path, [], [])
-        if not path.exists():
-            return lines
-        end = 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            row = _row(line)
-            if row is None:  # torn, and so is everything after it
-                break
-            end += len(line)
-            lines.rows.append(row)
-            lines.ends.append(end)
-        return lines
-
-    def cut(self, count: int) -> list[dict[str, Any]]:
-        """Shorten the file to its first lines, and return them."""
-        size = self.ends[count - 1] if count else 0
-        if self.path.exists():
-            _cut(self.path, size)
-        return self.rows[:count]
-
-
-def _append(path: Path, text: bytes) -> None:
-    with path.open("ab") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _cut(path: Path, size: int) -> None:
-    """Shorten a file; one that is short enough is left alone."""
-    if path.stat().st_size > size:
-        with path.open("r+b") as file:
-            file.truncate(size)
-            os.fsync(file.fileno())
 
 
 def find_folder(root: Path, cell_id: str) -> Path | None:
@@ -356,84 +320,3 @@ def configs(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         config = read_json(path)
         if config is not None:
             yield path.parent, config
-
-
-def count_lines(path: Path) -> int:
-    """The whole lines of a JSON Lines file; 0 if there is none."""
-    return len(_Lines.read(path).rows)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON Lines file of samples; none if there is no such file."""
-    return _Lines.read(path).rows
-
-
-def replace_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a JSON Lines file of samples in one step."""
-    _replace(path, map(_line, rows))
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The mapping in a JSON file; None if there is no such file or it holds none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file in one step: readers see the old content or the new one.
-
-    Raises:
-        ValueError: A value is NaN or infinite.
-    """
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    _replace(path, [(text + "\n").encode()])
-
-
-def _arrange_lines(path: Path, order: Sequence[str]) -> None:
-    """Put lines with an id into the order of the ids; those of one id follow one another."""
-    spans: dict[str, list[int]] = {}
-    with path.open("rb") as file:
-        begin = 0
-        for line in file:
-            span = spans.setdefault(json.loads(line)["id"], [begin, begin])
-            span[1] = begin = begin + len(line)
-
-        def pieces() -> Iterator[bytes]:
-            for begin, end in (spans[sample_id] for sample_id in order if sample_id in spans):
-                file.seek(begin)
-                yield file.read(end - begin)
-
-        _replace(path, pieces())
-
-
-def _replace(path: Path, content: Iterable[bytes]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for piece in content:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:  # Ctrl-C too must leave no temporary file behind
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and "id" in row else None

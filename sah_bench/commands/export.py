@@ -25,8 +25,9 @@ def export(results: tuple[str, ...], output: str) -> None:
     from sah_core.errors import RequestError
     from sah_core.parameters import from_plain
 
+    from ..json_files import read_json, read_rows
     from ..rescoring import cell_folders
-    from ..store import CONFIG, SAMPLES, read_json, read_rows
+    from ..store import CONFIG, SAMPLES
 
     predictions: dict[str, dict[str, str]] = {}
     subjects: dict[str, dict[str, Any]] = {}
@@ -57,7 +58,8 @@ def export(results: tuple[str, ...], output: str) -> None:
 def _check_complete(folder: Path, task: str) -> None:
     from sah_core.errors import RequestError
 
-    from ..store import METRICS, read_json
+    from ..json_files import read_json
+    from ..store import METRICS
 
     metrics = read_json(folder / METRICS)
     if metrics is None or not metrics.get("complete"):

@@ -5,7 +5,8 @@ import json
 import attrs
 import pytest
 
-from sah_bench.store import Cell, Sample, canonical, content_id, find_folder, slug, write_json
+from sah_bench.json_files import write_json
+from sah_bench.store import Cell, Sample, canonical, content_id, find_folder, slug
 from sah_core.errors import OutputFolderError
 
 pytestmark = pytest.mark.unit
