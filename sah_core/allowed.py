@@ -195,6 +195,18 @@ class Allowed:
         inside = (position >= self.start.unsqueeze(-1)) & (position < self.stop.unsqueeze(-1))
         return inside if self.keep is None else inside & self.keep
 
+    def part(self, sequences: slice, heads: slice, of: int) -> Allowed:
+        """The limits of some sequences and of some of ``of`` query heads."""
+        known = self.known_first
+        return Allowed(
+            start=cut_part(self.start, sequences, heads, of),
+            stop=cut_part(self.stop, sequences, heads, of),
+            first=self.first if len(self.first) == 1 else self.first[sequences],
+            keep=None if self.keep is None else cut_part(self.keep, sequences, heads, of),
+            known_first=known if known is None or len(known) == 1 else known[sequences],
+            window=self.window,
+        )
+
     def rows(self, begin: int, end: int, step: int = 1) -> Allowed:
         """The limits of each ``step``-th query row from ``begin`` to ``end`` (exclusive)."""
 
@@ -209,3 +221,20 @@ class Allowed:
             known_first=self.known_first,
             window=self.window,
         )
+
+
+def cut_part(tensor: Tensor, sequences: slice, heads: slice, of: int) -> Tensor:
+    """Some sequences and heads of a tensor ``(batch | 1, own | 1, ...)``, a view.
+
+    Args:
+        tensor: What to cut; dimensions of size 1 stay.
+        sequences: Which sequences.
+        heads: Which of ``of`` query heads: whole groups of those that share one of the ``own``.
+        of: Query heads in all.
+    """
+    if tensor.shape[0] > 1:
+        tensor = tensor[sequences]
+    own = tensor.shape[1]
+    if own > 1:
+        tensor = tensor[:, heads.start * own // of : -(-heads.stop * own // of)]
+    return tensor

@@ -223,3 +223,19 @@ class Inputs:
             # positions belong to the rows of the whole call, not to the end of the keys
             query_position=self.query_position[:, begin:end:step],
         )
+
+    def part(self, sequences: slice, kv_heads: slice) -> Inputs:
+        """The same call for some sequences and KV heads with their query heads, given by the first
+        and the last (exclusive); the state stays that of the whole call.
+        """
+        group = self.group
+        heads = slice(kv_heads.start * group, kv_heads.stop * group)
+        window = self.window_queries
+        return self._but(
+            query=self.query[sequences, heads],
+            key=self.key[sequences, kv_heads],
+            value=self.value[sequences, kv_heads],
+            allowed=self.allowed.part(sequences, heads, self.heads),
+            sinks=None if self.sinks is None else self.sinks[heads],
+            window_queries=None if window is None else window[sequences, heads],
+        )

@@ -23,6 +23,11 @@ from sah_core.parameters import Size
 SCORE_BYTES = 64 * 2**20
 """Scores held at once: more query rows than fit are scored in pieces."""
 
+CACHED_BYTES = 8 * 2**20
+"""Scores of one query row held at once where they can be cut by sequence and KV head: what stays in
+the cache of a GPU.
+"""
+
 OVERFLOW = "overflow"
 """First part of the keys in ``Inputs.request_state`` under which rows that overflow are counted."""
 
@@ -47,6 +52,28 @@ def row_pieces(
         yield inputs.rows(begin, end), previous.rows(begin, end)
 
 
+def head_pieces(inputs: Inputs, previous: Mask) -> tuple[list[slice], list[slice]]:
+    """Pieces of the sequences and of the KV heads such that the scores of one of each fit into
+    `CACHED_BYTES`, if the call has one query row.
+
+    A call of several rows is one piece; so is a KV head of a sequence, whatever its scores take.
+    """
+    batch, kv_heads = inputs.batch, inputs.kv_heads
+    fits = max(1, CACHED_BYTES // max(1, 4 * inputs.group * inputs.capacity))
+    if inputs.query_len > 1 or fits >= batch * kv_heads:
+        return [slice(0, batch)], [slice(0, kv_heads)]
+    # a selection that several KV heads share is not cut
+    shared = previous.selected is not None and 1 < previous.selected.heads < kv_heads
+    return (
+        _pieces(batch, max(1, fits // kv_heads)),
+        _pieces(kv_heads, kv_heads if shared else fits),
+    )
+
+
+def _pieces(count: int, step: int) -> list[slice]:
+    return [slice(begin, min(begin + step, count)) for begin in range(0, count, step)]
+
+
 def join_rows(parts: Sequence[Tensor], fill: float = -1) -> Tensor:
     """Put pieces ``(batch, heads, rows, entries)`` together, the shorter ones padded with ``fill``.
 
@@ -68,6 +95,7 @@ def add_best(
     score: Callable[[Inputs], Tensor],
     share: Callable[[Tensor], Tensor] | None = None,
     levels: int | None = None,
+    stateless: bool = False,
 ) -> Mask:
     """Add the ``size`` best keys of each row that may be attended and are not selected yet.
 
@@ -84,6 +112,8 @@ def add_best(
             from scores per query head with -inf at all other keys it makes those to choose by,
             per query head or KV head, finite where the choice is open.
         levels: Where scores are integers from 0 on: how many there are; see `Ops.masked_topk`.
+        stateless: The scores of a sequence and KV head come from its queries, keys and values
+            alone, so that ``score`` may be asked for some of them at a time; see `head_pieces`.
 
     Returns:
         ``previous`` united with the choice.
@@ -91,8 +121,8 @@ def add_best(
     budget = inputs.budget(size)
     if not budget.capacity or previous.is_full:
         return previous
-    parts = []
-    for part, taken in row_pieces(inputs, previous):
+
+    def choose(part: Inputs, taken: Mask, count: Tensor | None) -> Tensor:
         scores = score(part)
         if share is not None:
             scores = share(_candidates(scores, part, taken))
@@ -104,13 +134,37 @@ def add_best(
         indices, _ = inputs.ops.masked_topk(
             scores,
             budget.capacity,
-            count=budget.count,
+            count=count,
             start=part.allowed.start,
             stop=part.allowed.stop,
             taken=taken.ranges,
             levels=levels,
         )
-        parts.append(indices)
+        return indices
+
+    def choose_by_head(rows: Inputs, taken: Mask) -> Tensor:
+        sequences, heads = head_pieces(rows, taken)
+        if len(sequences) == len(heads) == 1:
+            return choose(rows, taken, budget.count)
+        group, found = rows.group, []
+        for some in sequences:
+            count = budget.count
+            count = count if count is None or len(count) == 1 else count[some]
+            line = [
+                choose(
+                    rows.part(some, part),
+                    taken.part(some, slice(part.start * group, part.stop * group)),
+                    count,
+                )
+                for part in heads
+            ]
+            found.append(torch.cat(line, dim=1))
+        return torch.cat(found)
+
+    parts = [
+        choose_by_head(rows, taken) if stateless else choose(rows, taken, budget.count)
+        for rows, taken in row_pieces(inputs, previous)
+    ]
     indices = join_rows(parts)
     # a choice that heads share may hold a key that only some of them have selected before
     own = previous.selected is None or previous.selected.heads <= indices.shape[1]

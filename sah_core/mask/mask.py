@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from sah_core.allowed import Allowed
+from sah_core.allowed import Allowed, cut_part
 from sah_core.mask.parts import (
     KeyRange,
     Selected,
@@ -167,6 +167,17 @@ class Mask:
         dense = None if self.dense is None else cut_rows(self.dense, begin, end, step)
         rows = len(range(begin, end, step))
         return Mask((batch, heads, rows, key_len), ranges, selected, dense, self.is_full)
+
+    def part(self, sequences: slice, heads: slice) -> Mask:
+        """The mask of some sequences and query heads, given by their first and last (exclusive);
+        heads that share a selection stay together.
+        """
+        batch, of, query_len, key_len = self.shape
+        ranges = tuple(r.part(sequences, heads, of) for r in self.ranges)
+        selected = None if self.selected is None else self.selected.part(sequences, heads, of)
+        dense = None if self.dense is None else cut_part(self.dense, sequences, heads, of)
+        shape = (len(range(batch)[sequences]), len(range(of)[heads]), query_len, key_len)
+        return Mask(shape, ranges, selected, dense, self.is_full)
 
     def __or__(self, other: Mask) -> Mask:
         return self.union(other)

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from sah_core.allowed import Allowed
+from sah_core.allowed import Allowed, cut_part
 
 Shape = tuple[int, int, int, int]
 
@@ -66,6 +66,14 @@ class KeyRange:
             self,
             start_base=cut_rows(self.start_base, begin, end, step),
             stop_base=cut_rows(self.stop_base, begin, end, step),
+        )
+
+    def part(self, sequences: slice, heads: slice, of: int) -> KeyRange:
+        """The range of some sequences and of some of ``of`` query heads."""
+        return attrs.evolve(
+            self,
+            start_base=cut_part(self.start_base, sequences, heads, of),
+            stop_base=cut_part(self.stop_base, sequences, heads, of),
         )
 
     def restricted(self, allowed: Allowed) -> KeyRange:
@@ -153,6 +161,19 @@ class Selected:
             indices=cut_rows(self.indices, begin, end, step),
             count=None if count is None else cut_rows(count, begin, end, step),
             probability=None if probability is None else cut_rows(probability, begin, end, step),
+        )
+
+    def part(self, sequences: slice, heads: slice, of: int) -> Selected:
+        """The selection of some sequences and of some of ``of`` query heads."""
+        count, probability, origin = self.count, self.probability, self.origin
+        return attrs.evolve(
+            self,
+            indices=cut_part(self.indices, sequences, heads, of),
+            count=None if count is None else cut_part(count, sequences, heads, of),
+            probability=(
+                None if probability is None else cut_part(probability, sequences, heads, of)
+            ),
+            origin=origin if origin is None or len(origin) == 1 else origin[sequences],
         )
 
     def restricted(self, allowed: Allowed, key_len: int) -> Selected:

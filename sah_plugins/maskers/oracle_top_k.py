@@ -39,7 +39,7 @@ class OracleTopK(Masker):
         def score(part: Inputs) -> Tensor:
             return inputs.ops.logits(part.query, part.key, part.scaling, part.softcap)
 
-        return add_best(inputs, previous, self.heavy_size, score)
+        return add_best(inputs, previous, self.heavy_size, score, stateless=True)
 
     def bytes_read(self, inputs: Inputs) -> int:
         """Every key."""

@@ -172,3 +172,82 @@ def test_what_heads_share_is_made_from_the_scores_of_candidates_alone(keep):
     wanted = (taken.to_dense() > 0).scatter(-1, best.repeat_interleave(2, dim=1), True)
     allowed = inputs.allowed.to_dense(20)
     assert torch.equal((mask & inputs.allowed).to_dense() > 0, wanted & allowed)
+
+
+def decode_call(batch=3, kv_heads=4, group=2, key_len=30, first=(0, 4, 9), keep=None):
+    torch.manual_seed(0)
+    start = torch.tensor(first, dtype=torch.int32)
+    key = torch.randn(batch, kv_heads, key_len, 8)
+    allowed = Allowed.causal(1, key_len, first=start)
+    if keep is not None:
+        allowed = attrs.evolve(allowed, keep=keep)
+    return Inputs(
+        query=torch.randn(batch, kv_heads * group, 1, 8),
+        key=key,
+        value=key,
+        allowed=allowed,
+        scaling=1.0,
+        key_len=key_len,
+    )
+
+
+def logits(part):
+    return part.ops.logits(part.query, part.key, part.scaling)
+
+
+def taken_before(inputs, selections):
+    """The first and last keys of each sequence, and keys by index for so many selections."""
+    allowed = inputs.allowed
+    ends = Mask.from_ranges(
+        inputs.shape,
+        [
+            KeyRange(allowed.start, allowed.start, 2, 0, 2),
+            KeyRange(allowed.stop, allowed.stop, 3, -3, 0),
+        ],
+    )
+    if not selections:
+        return ends
+    indices = torch.randint(10, 25, (inputs.batch, selections, 1, 2), dtype=torch.int32)
+    indices[..., 1] = indices[..., 0] - 1
+    return ends | Mask.from_indices(inputs.shape, indices)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("selections", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("size", [Size(tokens=4), Size(fraction=0.2)])
+def test_one_row_scored_by_sequence_and_head_selects_what_it_selects_in_whole(
+    monkeypatch, blocks, selections, kept, size
+):
+    keep = torch.rand(3, 8, 1, 30) < 0.7 if kept else None
+    inputs = decode_call(keep=keep)
+    previous = taken_before(inputs, selections)
+    right = add_best(inputs, previous, size, logits).to_dense()
+    monkeypatch.setattr(selection, "CACHED_BYTES", blocks * 4 * 2 * 30)
+    sizes = []
+
+    def watched(part):
+        sizes.append(part.batch * part.kv_heads)
+        return logits(part)
+
+    assert torch.equal(add_best(inputs, previous, size, watched, stateless=True).to_dense(), right)
+    assert sum(sizes) == 12
+    if selections != 2:
+        assert max(sizes) <= max(1, blocks)
+
+
+@pytest.mark.parametrize("sequences", [slice(0, 1), slice(1, 3), slice(0, 3)])
+@pytest.mark.parametrize("kv_heads", [slice(0, 2), slice(2, 4), slice(0, 4)])
+@pytest.mark.parametrize("selections", [1, 2, 4, 8])
+def test_a_part_of_a_call_is_that_part_of_its_mask(sequences, kv_heads, selections):
+    keep = torch.rand(3, 8, 1, 30) < 0.7
+    inputs = decode_call(keep=keep)
+    heads = slice(kv_heads.start * 2, kv_heads.stop * 2)
+    mask = taken_before(inputs, selections)
+    part = inputs.part(sequences, kv_heads)
+    cut = mask.part(sequences, heads)
+    assert cut.shape == part.shape
+    assert torch.equal(cut.to_dense(), mask.to_dense()[sequences, heads])
+    assert torch.equal(part.allowed.to_dense(30), inputs.allowed.to_dense(30)[sequences, heads])
+    assert torch.equal(part.query, inputs.query[sequences, heads])
+    assert torch.equal(part.key, inputs.key[sequences, kv_heads])
