@@ -10,20 +10,22 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 from sah_core import registry
-from sah_core.benchmark import Benchmark, Example
+from sah_core.benchmark import Example
 from sah_core.pipeline import Pipeline
 
 from .answer import Answer
 from .cell_run import CellRun, TaskRun, failing
-from .experiment import BenchmarkPlan, Experiment
+from .experiment import Experiment
 from .identity import cell_identity, environment
+from .json_files import read_json
 from .progress import Reporter
 from .results import CellResult, metrics_of, result_of
+from .samples import detail_of, request_of, sample_of, scores_of, timing_of
 from .selection import Selection
-from .store import Cell, Sample
+from .store import CONFIG, Cell
 
 if TYPE_CHECKING:
-    from sah_core.requests import AnswerDetail, Request
+    from sah_core.requests import AnswerDetail
 
 
 def run_experiment(
@@ -322,8 +324,6 @@ class ModelRun:
         observers: Sequence[object],
     ) -> AnswerDetail:
         """A text that is given and predicted, in the place of an answer."""
-        from sah_core.requests import AnswerDetail
-
         [likelihood] = self.adapter.loglikelihood(
             prefilled,
             run.pipeline,
@@ -331,18 +331,7 @@ class ModelRun:
             indices=[index],
             step=None if example.predicted == "question" else 1,
         )
-        return AnswerDetail(
-            text="",
-            token_ids=likelihood.token_ids,
-            prompt_tokens=likelihood.context_tokens + 1 + len(likelihood.token_ids),
-            context_tokens=likelihood.context_tokens,
-            new_tokens=0,
-            seconds_prefill=prefilled.seconds,
-            seconds_decode=likelihood.seconds,
-            finished="predicted",
-            backends=likelihood.backends,
-            likelihood=likelihood,
-        )
+        return detail_of(likelihood, prefilled.seconds)
 
     def _finish(self, task_run: TaskRun, run: CellRun, *, complete: bool) -> None:
         run.cell.arrange(task_run.order)
@@ -378,93 +367,6 @@ class ModelRun:
         )
 
 
-def request_of(plan: BenchmarkPlan, task: str, group: Sequence[Example]) -> Request:
-    """The request for the questions about one context, under the benchmark's protocol."""
-    from sah_core.requests import Request
-
-    protocol = plan.benchmark.protocol_for(task)
-    in_question = protocol.prefix == "user"
-    return Request(
-        context=group[0].context,
-        questions=[e.question + (e.answer_prefix if in_question else "") for e in group],
-        answer_prefix=["" if in_question else e.answer_prefix for e in group],
-        separator="",
-        chat=None if protocol.chat else False,
-        truncation=protocol.truncation,
-    )
-
-
-def scores_of(benchmark: Benchmark, example: Example, detail: AnswerDetail) -> dict[str, float]:
-    """What the benchmark says of an answer, or of a text that was predicted."""
-    if detail.likelihood is not None:
-        return benchmark.score_text(example, detail.likelihood)
-    return benchmark.score(example, detail.text)
-
-
-def sample_of(
-    example: Example,
-    detail: AnswerDetail,
-    scores: dict[str, float],
-    observers: Mapping[str, Any],
-    timing: Mapping[str, Any],
-    turns: Sequence[Mapping[str, Any]] = (),
-) -> Sample:
-    """What is kept of an answer; the context is not, for it can be made again."""
-    metrics = {name: observer.result() for name, observer in observers.items()}
-    return Sample(
-        id=example.id,
-        record={
-            "context_id": example.context_id,
-            "question": example.question,
-            "prediction": detail.text,
-            "references": list(example.references),
-            "scores": scores,
-            "facts": dict(example.facts),
-            "prompt_tokens": detail.prompt_tokens,
-            "context_tokens": detail.context_tokens,
-            "new_tokens": detail.new_tokens,
-            "finished": detail.finished,
-            **({"turns": list(turns)} if turns else {}),
-            **({} if detail.likelihood is None else {"losses": list(detail.likelihood.losses)}),
-        },
-        micro={
-            "metrics": metrics,
-            "backends": sorted(detail.backends),
-            "overflow_rows": detail.overflow_rows,
-        },
-        timing=timing,
-        observed={
-            name: observer.records()
-            for name, observer in observers.items()
-            if hasattr(observer, "records")
-        },
-    )
-
-
-def timing_of(
-    detail: AnswerDetail, timed: AnswerDetail | None, *, prefill_is_timed: bool = True
-) -> dict[str, Any]:
-    """The seconds of an answer, all of them from passes without observers.
-
-    Args:
-        detail: The answer that is kept.
-        timed: The answer of a pass without observers, which may be the same one; None if there was
-            no such pass: there are no seconds then.
-        prefill_is_timed: The kept answer's prefill ran without observers.
-    """
-    prefill = timed or (detail if prefill_is_timed else None)
-    timing: dict[str, Any] = {
-        "prefill": None if prefill is None else prefill.seconds_prefill,
-        "index": None if timed is None else timed.seconds_index,
-        "first_token": None if timed is None else timed.seconds_first_token,
-        "decode": None if timed is None else timed.seconds_decode,
-    }
-    if timed is not None and timed is not detail:
-        # A greedy answer is the same with and without observers; anything else is worth a look.
-        timing["same_tokens"] = timed.token_ids == detail.token_ids
-    return timing
-
-
 def exit_code(results: Sequence[CellResult]) -> Literal[0, 1, 2]:
     """0 if all cells are done; 1 if one failed for a fault; 2 if only for bad input."""
     failed = [result for result in results if result.status == "failed"]
@@ -480,9 +382,6 @@ def _contexts(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
 
 def _config(cell: Cell) -> dict[str, Any]:
-    from .json_files import read_json
-    from .store import CONFIG
-
     return read_json(cell.folder / CONFIG) or {}
 
 
