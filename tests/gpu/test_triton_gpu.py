@@ -7,7 +7,7 @@ from sah_core.allowed import Allowed
 from sah_core.backend import Problem
 from sah_core.inputs import Inputs
 from sah_core.mask import KeyRange, Mask
-from sah_core.ops import REFERENCE
+from sah_core.ops import REFERENCE, code_width, code_words
 from sah_core.randomness import Random
 from sah_core.size import Size
 from sah_core.state import LayerInfo
@@ -173,6 +173,20 @@ def test_top_k_is_exact(candidates, rounded):
             same_choice(got, REFERENCE.masked_topk(scores, capacity, **limits))
 
 
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("ties", [0, 100, 5000])
+def test_top_k_of_long_rows_is_exact_whatever_shares_the_leading_bits_of_the_last(spread, ties):
+    torch.manual_seed(ties)
+    scores = 1.0 + spread * torch.randn(2, 3, 1, 60_000, device="cuda")
+    if ties:
+        last = scores.sort(descending=True).values[..., 3000:3001]
+        scores[..., 20_000 : 20_000 + ties] = last
+    count = torch.tensor([0, 2999, 3050], dtype=torch.int32, device="cuda").view(1, 3, 1)
+    for limits in ({}, {"count": count}):
+        got = BACKEND.ops.masked_topk(scores, 3050, **limits)
+        same_choice(got, REFERENCE.masked_topk(scores, 3050, **limits))
+
+
 @pytest.mark.parametrize("levels", [129, 3000])
 def test_top_k_of_few_levels_is_exact(levels):
     torch.manual_seed(levels)
@@ -242,6 +256,64 @@ def test_logits(dtype, query_len):
     exact = (inputs.query.double().float(), inputs.key.double().float())
     right = REFERENCE.logits(*exact, 0.1, 30.0)
     assert (got - right).norm() / right.norm() < 1e-5
+
+
+def test_logits_of_two_types():
+    inputs = call(dtype=torch.bfloat16)
+    got = BACKEND.ops.logits(inputs.query, inputs.key.float(), 0.1)
+    right = REFERENCE.logits(inputs.query.float(), inputs.key.float(), 0.1)
+    assert (got - right).norm() / right.norm() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("bits", [2, 4, 7])
+@pytest.mark.parametrize("lists", [2, 8])
+def test_labels_are_written_and_read_where_they_lie(dtype, bits, lists):
+    inputs = call(dtype=dtype, key_len=901)
+    every = torch.arange(128, device="cuda").expand(2, -1)
+    some = torch.stack([torch.randperm(128)[:16] for _ in range(lists)]).cuda()
+
+    def written(ops, channels, device):
+        heads, count = channels.shape
+        words = code_words(count, code_width(bits))
+        labels = torch.zeros(2, heads, 1000, words, dtype=torch.int32, device=device)
+        affine = torch.zeros(2, heads, 1000, 2, dtype=dtype, device=device)
+        key, channels = inputs.key.to(device), channels.to(device)
+        ops.label_update(labels, affine, key[:, :, :900], channels, 0, bits)
+        at = torch.tensor([900], dtype=torch.int32, device=device)
+        ops.label_update(labels, affine, key[:, :, 900:], channels, at, bits)
+        return labels.cuda(), affine.cuda()
+
+    for channels in (every, some):
+        # on the CPU: a division by a number is a multiplication by its inverse in torch on a GPU
+        right = written(REFERENCE, channels, "cpu")
+        for got, expected_one in zip(written(BACKEND.ops, channels, "cuda"), right, strict=True):
+            assert torch.equal(got, expected_one)
+    labels, affine = written(BACKEND.ops, every, "cuda")
+    indices = torch.rand(2, 8, 1, 901, device="cuda").topk(300).indices.to(torch.int32)
+    place = (inputs.query, labels[:, :, :901], affine[:, :, :901], indices, bits, 0.1, 30.0)
+    right = REFERENCE.label_logits_at(*place)
+    got = BACKEND.ops.label_logits_at(*place)
+    torch.testing.assert_close(got, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("key_heads", [2, 8])
+def test_signatures_of_new_keys_are_written_where_they_belong(key_heads):
+    torch.manual_seed(0)
+    layers = [
+        (0.1 * torch.randn(key_heads, a, b, device="cuda"), torch.randn(key_heads, 1, b).cuda())
+        for a, b in [(128, 128), (128, 128), (128, 32)]
+    ]
+    key = torch.randn(3, 2, 9, 128, device="cuda", dtype=torch.bfloat16)
+    got, right = (torch.zeros(3, key_heads, 20, 1, dtype=torch.int32).cuda() for _ in range(2))
+    for words, ops in ((got, BACKEND.ops), (right, REFERENCE)):
+        ops.signature_update(words, key[:, :, :8], layers, 4)
+        at = torch.tensor([12], dtype=torch.int32, device="cuda")
+        ops.signature_update(words, key[:, :, 8:], layers, at)
+    assert not got[:, :, :4].any()
+    assert not got[:, :, 13:].any()
+    # a sum that is 0 but for rounding may have either sign
+    assert (got == right).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("first", [None, [5, 170]])
@@ -323,6 +395,19 @@ def test_a_captured_step_follows_the_growing_length(name):
         right, _ = expected(eager, mask)
         error = (output.double() - right).norm() / right.norm()
         assert error <= 1e-2, f"at length {now}: {error}"
+
+
+def test_the_scores_of_a_decode_step_are_not_held_for_all_heads_at_once():
+    inputs = call(batch=4, heads=32, kv_heads=8, key_len=131_072)
+    masker = OracleTopK(heavy_size=Size(tokens=1024))
+    masker.add_mask(inputs, Mask.empty(inputs.shape))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    masker.add_mask(inputs, Mask.empty(inputs.shape))
+    torch.cuda.synchronize()
+    taken = torch.cuda.max_memory_allocated() - before
+    assert taken < 4 * 32 * 131_072, f"{taken} bytes, more than one sequence's scores"
 
 
 def test_overlapping_calls_on_two_streams_do_not_disturb_each_other():
