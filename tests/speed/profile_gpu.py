@@ -25,7 +25,7 @@ DECODE = (ENDS, PIPELINES[1])
 
 def targets(folder: str) -> int:
     attention = [part for text in PIPELINES for part in ("--pipeline", text)]
-    attention += ["--backend", "triton,gather", "--keys", "32768,131072", "--batch", "1,4"]
+    attention += ["--backend", "triton", "--keys", "32768,131072", "--batch", "1,4"]
     decode = [part for text in DECODE for part in ("--pipeline", text)]
     decode += ["--backend", "triton", "--model-shape", "llama-3.1-8b"]
     decode += ["--context", "131072", "--batch", "2", "--new-tokens", "30", "--rounds", "3"]
