@@ -228,7 +228,8 @@ def _attention_plan(*, sizes: dict[str, Any], options: dict[str, Any], **given: 
 
 
 def _decode_plan(*, sizes: dict[str, Any], options: dict[str, Any], **given: Any) -> DecodePlan:
-    from ..profiling.decode import MODEL_SHAPES, DecodePlan
+    from ..profiling.decode import DecodePlan
+    from ..profiling.made_up import MODEL_SHAPES
     from ..profiling.shapes import bad_option
 
     shape = options["model_shape"]

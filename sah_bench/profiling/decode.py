@@ -3,46 +3,27 @@
 from __future__ import annotations
 
 import inspect
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
 
-from sah_core import Allowed, Inputs, Pipeline, Request, compat, registry
+from sah_core import Pipeline, compat, registry
 from sah_core.attention import Session, check_layers
-from sah_core.errors import ContextTooLongError, UnsupportedError
-from sah_core.patching import use
 
 from .attention import release
 from .forms import Probe
+from .made_up import MadeUpContext, load, make_context, weights_read
 from .rows import CAPTURED, EAGER, DecodeRow, note
-from .shapes import DTYPES
-from .timing import Copy, Times, graph_of, graph_timer
+from .steps import Steps, now
+from .timing import Copy, Times
 from .traffic import Traffic
 
 DENSE = "dense: the model's own attention"
 BY_ROWS = "dense: group as rows"
 FIXED = "fixed length"
 NO_CUDA = "CUDA graphs need a CUDA device"
-ROOM = 320
-"""Tokens of cache beyond the steps: a cache that had to grow would be copied as a whole."""
-MODEL_SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-        "tie_word_embeddings": False,
-    }
-}
-"""Arguments of transformers' ``LlamaConfig``."""
 
 
 @attrs.frozen(kw_only=True)
@@ -106,205 +87,6 @@ class DecodePlan:
             f"{name}{cut}: {self.context} tokens of context, batch {self.batch}, "
             f"{self.new_tokens} steps, {self.dtype}"
         )
-
-
-@attrs.frozen
-class RandomWeights:
-    """A model of random weights, as an adapter takes a loaded one."""
-
-    model: Any
-    tokenizer: None = None
-    source: None = None
-    weights_hash: str = "random"
-
-
-@attrs.frozen
-class Piece:
-    """The tokens of a made-up prompt: the context and one more."""
-
-    ids: tuple[int, ...]
-    context_tokens: int
-
-
-@attrs.define(eq=False)
-class MadeUpContext:
-    """A cache of random keys and values, with the attributes of a context that an adapter read.
-
-    How long attention takes depends on their number, not on what they say.
-    """
-
-    request: Request
-    prompts: list[Piece]
-    shared: int
-    cache: Any
-    base: list[Any]
-    seconds: float = 0.0
-    session: Session | None = None
-    states: dict[str, Any] = attrs.field(factory=dict)
-    batch: int = 1
-
-    @property
-    def context_tokens(self) -> int:
-        """Cached tokens."""
-        return self.shared
-
-    @property
-    def shareable(self) -> bool:
-        """Any pipeline can go on from here."""
-        return True
-
-
-def load(plan: DecodePlan) -> Any:
-    """The adapter around the model.
-
-    Raises:
-        ContextTooLongError: If the context does not fit into the model.
-        UnsupportedError: If the adapter takes no random weights.
-    """
-    adapter_class = registry.adapters["hf"]
-    if plan.model is not None:
-        adapter = adapter_class(plan.model, device=str(plan.device), dtype=plan.dtype)
-        needed, limit = plan.context + plan.new_tokens + 2, adapter.max_context
-        if limit is not None and needed > limit:
-            raise ContextTooLongError(needed, limit, f"model {plan.model!r}")
-        return adapter
-    make = getattr(adapter_class, "of", None)
-    if make is None:
-        raise UnsupportedError("--model-shape", "the adapter takes no model of random weights")
-    return make(RandomWeights(random_model(plan)))
-
-
-def random_model(plan: DecodePlan) -> Any:
-    """A Llama of the shape, its weights made on the device."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    assert plan.shape is not None
-    facts = dict(MODEL_SHAPES[plan.shape])
-    facts["num_hidden_layers"] = plan.layers or facts["num_hidden_layers"]
-    config = LlamaConfig(**facts, max_position_embeddings=plan.context + plan.new_tokens + ROOM)
-    torch.manual_seed(0)
-    with plan.device:
-        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[plan.dtype]).eval()
-
-
-def make_context(adapter: Any, plan: DecodePlan) -> MadeUpContext:
-    """Fill a cache with random numbers."""
-    model = adapter.model
-    config = compat.text_config(model)
-    kv_cache = compat.make_cache(model, plan.context + plan.new_tokens + ROOM)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for index, kind in enumerate(compat.layer_types(model)):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UnsupportedError(f"profiling layer {index} ({kind})", "it caches no keys")
-        shape = (plan.batch, heads, plan.context, head_dim)
-        make: dict[str, Any] = {"device": plan.device, "dtype": model.dtype}
-        kv_cache.update(torch.randn(shape, **make), torch.randn(shape, **make), index)
-    base = compat.snapshot_cache(kv_cache)
-    ids = tuple(torch.randint(config.vocab_size, (plan.context + 1,)).tolist())
-    request = Request(context="", questions="?")
-    prompts = [Piece(ids, plan.context)]
-    return MadeUpContext(request, prompts, plan.context, kv_cache, base, batch=plan.batch)
-
-
-def weights_read(model: Any) -> int:
-    """Bytes of the weights that a step reads: all but the rows of the input embedding."""
-    total = sum(int(p.numel() * p.element_size()) for p in model.parameters())
-    inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings()
-    tied = outputs is not None and outputs.weight is inputs
-    return total if tied else total - int(inputs.numel() * inputs.element_size())
-
-
-class Steps:
-    """Eager decode steps of one pipeline on a made-up context."""
-
-    def __init__(
-        self, adapter: Any, plan: DecodePlan, context: MadeUpContext, session: Session | None
-    ) -> None:
-        self.model = adapter.model
-        self.plan = plan
-        self.context = context
-        self.session = session
-        self.argument = compat.cache_argument(type(self.model).forward)
-        self.before = None
-        if session is not None:
-            compat.restore_cache(context.cache, context.base)
-            session.end_prefill(dict(self._layers()))
-            self.before = session.snapshot()
-
-    def _layers(self) -> Iterator[tuple[int, Inputs]]:
-        types = compat.layer_types(self.model)
-        heads = int(compat.text_config(self.model).num_attention_heads)
-        for layer, key, value in compat.cached_tensors(self.context.cache):
-            if types[layer] != "full_attention":
-                continue
-            yield (
-                layer,
-                Inputs(
-                    query=key.new_empty((key.shape[0], heads, 0, key.shape[3])),
-                    key=key,
-                    value=value,
-                    allowed=Allowed.causal(0, key.shape[2], device=key.device),
-                    scaling=key.shape[3] ** -0.5,
-                    key_len=key.shape[2],
-                    layer=layer,
-                    layer_count=len(types),
-                    layer_type=types[layer],
-                    phase="prefill",
-                ),
-            )
-
-    def fixed_graph(self) -> Callable[[], float]:
-        """A timer of a graph of one step whose length stays that of the context.
-
-        Dense attention over a length that the device alone knows needs a mask, which torch's
-        fastest kernels refuse; this is what the fastest of them take.
-
-        Raises:
-            UnsupportedError: If the step waits for the device.
-        """
-        token = torch.zeros((self.plan.batch, 1), dtype=torch.long, device=self.plan.device)
-
-        def step() -> Any:
-            compat.restore_cache(self.context.cache, self.context.base)
-            return self._step(token)
-
-        with self._patched(self.session):
-            return graph_timer(graph_of(step, 1), 1)
-
-    def _patched(self, session: Session | None) -> AbstractContextManager[Any]:
-        return nullcontext() if session is None else use(self.model, session, always=True)
-
-    def run(self, count: int, session: Session | None = None) -> float:
-        """Decode so many tokens from the end of the context; returns seconds per step."""
-        compat.restore_cache(self.context.cache, self.context.base)
-        session = session or self.session
-        if self.session is not None:
-            self.session.restore(self.before)  # type: ignore[arg-type]
-            assert session is not None
-            session.phase = "decode"
-        token = torch.zeros((self.plan.batch, 1), dtype=torch.long, device=self.plan.device)
-        with self._patched(session):
-            begin = now(self.plan.device)
-            for _ in range(count):
-                token = self._step(token)
-            return (now(self.plan.device) - begin) / count
-
-    def _step(self, token: Tensor) -> Any:
-        output = self.model(
-            input_ids=token,
-            use_cache=True,
-            logits_to_keep=1,
-            **{self.argument: self.context.cache},
-        )
-        return output.logits[:, -1:].argmax(-1)
-
-
-def now(device: torch.device) -> float:
-    """The clock once the device has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @torch.no_grad()

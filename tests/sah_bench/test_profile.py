@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from sah_bench import cli
-from sah_bench.profiling import attention, decode, forms, report, shapes, timing, traffic
+from sah_bench.profiling import attention, decode, forms, made_up, report, shapes, timing, traffic
 from sah_core import Allowed, Inputs, Mask, Pipeline, registry
 from sah_core.errors import UnsupportedError
 
@@ -332,7 +332,7 @@ def test_a_model_shape_has_random_weights(monkeypatch):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    monkeypatch.setitem(decode.MODEL_SHAPES, "tiny", tiny)
+    monkeypatch.setitem(made_up.MODEL_SHAPES, "tiny", tiny)
     result = invoke(
         *("--model-shape", "tiny", "--layers", "2", "--pipeline", "sink(2) | local(2)"),
         *("--context", "16", "--new-tokens", "2", "--rounds", "1", "--warmup", "0", "--json"),
@@ -378,9 +378,9 @@ def test_captured_steps_come_from_the_adapter(monkeypatch, model_folder):
         rounds=2,
         warmup=0,
     )
-    adapter = decode.load(plan)
+    adapter = made_up.load(plan)
     monkeypatch.setattr(adapter, "capture_decode", capture, raising=False)
-    context = decode.make_context(adapter, plan)
+    context = made_up.make_context(adapter, plan)
     on_gpu = attrs.evolve(plan, device=torch.device("cuda"))
     monkeypatch.setattr(decode, "now", lambda device: 1.0)
     row = decode.DecodeRow(name="x", batch=1)
