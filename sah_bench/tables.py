@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .layout import table
 from .results import PERCENT, CellResult, summaries
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.console import Console, RenderableType
 
 PIPED_WIDTH = 120
 """Columns of a table that no terminal shows."""
+
+_TEXTS = ("model", "benchmark", "pipeline")
 
 _BESIDE = 4
 """The most figures that stand beside one another; more of them are a row each."""
@@ -28,70 +30,48 @@ def console() -> Console:
     return Console(highlight=False, width=max(PIPED_WIDTH, plain.width))
 
 
-def results_table(results: Sequence[CellResult]) -> Table:
-    """One row per cell; the text of pipelines is folded, never cut.
+def results_table(results: Sequence[CellResult], width: int = PIPED_WIDTH) -> RenderableType:
+    """One row per cell; the text of pipelines is folded or stands above its numbers, never cut.
 
     A model or benchmark that all rows share stands above the table.
     """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     columns = _columns(results)
     shared = [columns.pop(name)[0] for name in ("model", "benchmark") if _is_shared(columns[name])]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        title=Text(", ".join(shared)) if shared else None,
-        title_justify="left",
+    return table(
+        columns,
+        width=width,
+        texts=[name for name in _TEXTS if name in columns],
+        left=("saving", "status"),
+        styles=["red" if result.status == "failed" else "" for result in results],
+        title=", ".join(shared),
     )
-    for name in columns:
-        if name in ("model", "benchmark", "pipeline"):
-            table.add_column(name, overflow="fold", ratio=1 if name == "pipeline" else None)
-        else:
-            right = name not in ("saving", "status")
-            table.add_column(name, justify="right" if right else "left", no_wrap=True)
-    for result, cells in zip(results, zip(*columns.values(), strict=True), strict=True):
-        # Text, because the brackets of a pipeline would be read as markup.
-        style = "red" if result.status == "failed" else ""
-        table.add_row(*(Text(cell, style=style) for cell in cells))
-    return table
 
 
-def summary_table(results: Sequence[CellResult]) -> Table | None:
+def summary_table(results: Sequence[CellResult], width: int = PIPED_WIDTH) -> RenderableType | None:
     """Figures over several tasks, such as category means; None where no benchmark has any.
 
     A few figures are a column each, many are a row each.
     """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
     found = summaries(results)
-    columns = {
+    figures = {
         header(name, figure["unit"]): (name, figure["unit"])
         for one in found
         for name, figure in one["figures"].items()
     }
-    if not columns:
+    if not figures:
         return None
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in ("model", "benchmark", "pipeline"):
-        table.add_column(name, overflow="fold")
-    beside = len(columns) <= _BESIDE
-    for text in columns if beside else ("figure", ""):
-        table.add_column(text, justify="left" if text == "figure" else "right", overflow="fold")
+    rows: list[dict[str, str]] = []
     for one in found:
-        of = (one["model"], one["benchmark"], one["pipeline"])
-        rows = [(text, _figure(one["figures"].get(n), unit)) for text, (n, unit) in columns.items()]
-        if beside:
-            table.add_row(*(Text(cell) for cell in (*of, *(figure for _, figure in rows))))
+        place = {name: str(one[name]) for name in _TEXTS}
+        cells = {text: _figure(one["figures"].get(n), unit) for text, (n, unit) in figures.items()}
+        if len(figures) <= _BESIDE:
+            rows.append({**place, **cells})
             continue
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in (*of, *row)))
-            of = ("", "", "")  # once is enough
-    return table
+        for text, cell in cells.items():
+            rows.append({**place, "figure": text, "": cell})
+            place = dict.fromkeys(_TEXTS, "")  # once is enough
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return table(columns, width=width, texts=_TEXTS, left=["figure"])
 
 
 def header(name: str, unit: str) -> str:
@@ -143,8 +123,8 @@ def _is_shared(texts: Sequence[str]) -> bool:
 
 def print_results(results: Sequence[CellResult], output: Any, console: Console) -> None:
     """Print the table, what failed and why, and where the results lie."""
-    console.print(results_table(results))
-    summary = summary_table(results)
+    console.print(results_table(results, console.width))
+    summary = summary_table(results, console.width)
     if summary is not None:
         console.print(summary)
     console.print(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from sah_core.pipeline import Pipeline
 
@@ -199,12 +200,13 @@ def print_answers(
     questions: Sequence[str], answers: Sequence[Sequence[Answer]], console: Console
 ) -> None:
     """Print the answers to each question side by side, or one below the other if it is narrow."""
-    count = len(answers[0])
-    is_wide = console.width >= _FACTS + count * NARROWEST
+    is_wide = console.width >= _FACTS + len(answers[0]) * NARROWEST
     for question, row in zip(questions, answers, strict=True):
         console.print(f"\nquestion: {question}", markup=False, style="bold")
-        for group in [row] if is_wide else [[answer] for answer in row]:
-            console.print(answers_table(group))
+        if is_wide:
+            console.print(answers_table(row))
+        else:
+            _print_stacked(row, console)
     notes = [
         "density: selected over allowed keys. output error: distance of the attention outputs from "
         "dense attention on the same query, key and value, mean over layers and rows. both are of "
@@ -227,17 +229,49 @@ def answers_table(answers: Sequence[Answer]) -> Table:
     table.add_column("", width=_FACTS - 2, style="dim")
     for answer in answers:
         table.add_column(Text(answer.pipeline), overflow="fold", ratio=1)
-    texts = [
-        Text(f"error: {answer.error}", style="red")
-        if answer.error
-        else Text("\n\n".join(t.strip("\n") or "(nothing)" for t in (answer.text, *answer.others)))
-        for answer in answers
-    ]
-    table.add_row("answer", *texts)
+    table.add_row("answer", *(_answer_text(answer) for answer in answers))
     table.add_row()
     for name, show in _ROWS.items():
         table.add_row(name, *(Text("" if answer.error else show(answer)) for answer in answers))
     return table
+
+
+def _print_stacked(answers: Sequence[Answer], console: Console) -> None:
+    """The answers below one another, then what was measured of each."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from ..layout import table
+
+    for answer in answers:
+        console.print(Text(f"\n{answer.pipeline}", style="bold"))
+        console.print(Padding(_answer_text(answer), (0, 0, 0, 2)))
+        if not answer.error and answer.difference is not None:
+            line = Text(f"differs {_difference(answer)}", style="dim")
+            console.print(Padding(line, (0, 0, 0, 2)))
+    measured = [answer for answer in answers if not answer.error]
+    if not measured:
+        return
+    columns = {
+        name: [show(answer) for answer in measured]
+        for name, show in _ROWS.items()
+        if name != "differs"
+    }
+    labels = {"pipeline": [answer.pipeline for answer in measured]}
+    console.print()
+    console.print(
+        table({**labels, **columns}, width=console.width, texts=["pipeline"], left=["saving"])
+    )
+
+
+def _answer_text(answer: Answer) -> Text:
+    """All answers of a pipeline to a question, or why there is none."""
+    from rich.text import Text
+
+    if answer.error:
+        return Text(f"error: {answer.error}", style="red")
+    texts = (answer.text, *answer.others)
+    return Text("\n\n".join(text.strip("\n") or "(nothing)" for text in texts))
 
 
 def _number(value: float | None, form: str) -> str:

@@ -13,6 +13,7 @@ import click
 from sah_core import registry
 from sah_core.errors import DataError, RequestError, nearest_names, one_line
 
+from ..layout import folded
 from ..options import debug_option, plugin_option
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def list_data(benchmarks: tuple[str, ...], tasks: tuple[str, ...]) -> None:
             continue
         count = f", {info.examples} examples" if info.examples is not None else ""
         licence = f", {info.licence}" if info.licence else ""
-        click.echo(f"{benchmark.name} {task}: {source_words(info.source)}{count}{licence}")
+        line = f"{benchmark.name} {task}: {source_words(info.source)}{count}{licence}"
+        click.echo(folded(line, 4))
 
 
 @data.command("fetch")

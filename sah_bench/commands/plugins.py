@@ -25,6 +25,7 @@ from sah_core.errors import (
 )
 from sah_core.registry import Kind, PluginEntry
 
+from ..layout import folded
 from ..options import debug_option, plugin_option
 
 if TYPE_CHECKING:
@@ -171,7 +172,8 @@ def _print_results(plugin: Masker | Benchmark, results: list[CheckResult]) -> No
     for result in results:
         status = click.style(result.status.ljust(7), fg=_COLOURS[result.status])
         message = result.message.removeprefix(f"{plugin.name}: ")
-        click.echo(f"  {status}  {result.name.ljust(width)}  {message}".rstrip())
+        line = folded(f"  {result.status:<7}  {result.name.ljust(width)}  {message}".rstrip(), 11)
+        click.echo(line.replace(result.status.ljust(7), status, 1))
     counts = Counter[str](result.status for result in results)
     click.echo(", ".join(f"{counts[status]} {status}" for status in _COLOURS))
 
@@ -222,7 +224,7 @@ def _print_entries(entries: list[PluginEntry]) -> None:
             kind = entry.kind
             click.echo(f"{_kind(kind).plural}")
         cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
-        click.echo(f"  {'  '.join(cells)}  {row[3]}".rstrip())
+        click.echo(folded(f"  {'  '.join(cells)}  {row[3]}".rstrip(), 6))
 
 
 def _facts(kind: Kind[Any], name: str) -> dict[str, Any]:
@@ -325,18 +327,19 @@ def _print_tasks(tasks: list[dict[str, Any]]) -> None:
     click.echo()
     click.echo("Tasks:")
     for fact in tasks:
-        click.echo(f"  {task_line(fact)}")
+        click.echo(folded(f"  {task_line(fact)}", 6))
     lines = data_lines(tasks)
     if lines:
         click.echo()
         click.echo("Data:")
         for line in lines:
-            click.echo(f"  {line}")
+            click.echo(folded(f"  {line}", 6))
 
 
 def _print_facts(facts: dict[str, Any]) -> None:
     origin = f"{facts['distribution']} {facts['version']}".strip()
-    click.echo(f"{facts['name']} ({facts['kind']}, {origin}, {facts['entry_point']})")
+    head = f"{facts['name']} ({facts['kind']}, {origin}, {facts['entry_point']})"
+    click.echo(folded(head, 4))
     click.echo()
     click.echo(facts["description"] or facts["summary"] or "No description.")
     if facts["description"] and facts["docstring"]:
@@ -344,15 +347,16 @@ def _print_facts(facts: dict[str, Any]) -> None:
         click.echo(facts["docstring"].partition("\n\nAttributes:")[0])
     if facts["papers"]:
         click.echo()
-        click.echo(f"Papers: {', '.join(facts['papers'])}.")
+        click.echo(folded(f"Papers: {', '.join(facts['papers'])}.", 4))
     if facts["capabilities"]:
         click.echo()
-        click.echo(f"Declares: {'; '.join(facts['capabilities'])}.")
+        click.echo(folded(f"Declares: {'; '.join(facts['capabilities'])}.", 4))
     if facts["tasks"]:
         _print_tasks(facts["tasks"])
     for metric in facts["metrics"]:
         click.echo()
-        click.echo(f"{metric['name']}: {metric['description']}; after {metric['source']}")
+        line = f"{metric['name']}: {metric['description']}; after {metric['source']}"
+        click.echo(folded(line, 4))
     click.echo()
     if not facts["parameters"]:
         click.echo("No parameters.")
@@ -362,10 +366,11 @@ def _print_facts(facts: dict[str, Any]) -> None:
         default = "required" if parameter["required"] else f"default {_text(parameter['default'])}"
         unit = f", in {parameter['unit']}" if parameter["unit"] else ""
         click.echo(f"  {parameter['name']} ({parameter['type']}{unit}, {default})")
-        click.echo(f"      {one_line(parameter['help'])}")
-        click.echo(f"      allowed: {parameter['allowed']}")
+        lines = [one_line(parameter["help"]), f"allowed: {parameter['allowed']}"]
         if parameter["search"]:
-            click.echo(f"      search: {_search_text(parameter['search'])}")
+            lines.append(f"search: {_search_text(parameter['search'])}")
+        for line in lines:
+            click.echo(folded(f"      {line}", 8))
 
 
 def _text(value: Any) -> str:

@@ -30,7 +30,7 @@ def score(results: tuple[str, ...], metric: str | None, write: bool) -> None:
 
     found = list(rescore(cell_folders(results), metric))
     screen = console()
-    screen.print(_table(found))
+    screen.print(_table(found, screen.width))
     for cell in found:
         if cell.problem:
             screen.print(
@@ -48,26 +48,18 @@ def score(results: tuple[str, ...], metric: str | None, write: bool) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _table(found: list[Rescored]) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+def _table(found: list[Rescored], width: int) -> Any:
+    from ..layout import table
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("cell", overflow="fold", ratio=1)
-    for name in ("score", "old %", "new %", "changed", "n"):
-        table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
-    for cell in found:
-        texts = (
-            cell.label,
-            cell.score or "-",
-            _number(cell.old),
-            _number(cell.new),
-            str(cell.changed),
-            str(cell.samples),
-        )
-        table.add_row(*(Text(text) for text in texts))
-    return table
+    columns = {
+        "cell": [cell.label for cell in found],
+        "score": [cell.score or "-" for cell in found],
+        "old %": [_number(cell.old) for cell in found],
+        "new %": [_number(cell.new) for cell in found],
+        "changed": [str(cell.changed) for cell in found],
+        "n": [str(cell.samples) for cell in found],
+    }
+    return table(columns, width=width, texts=["cell"], left=["score"])
 
 
 def _number(value: float | None) -> str:

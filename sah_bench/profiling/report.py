@@ -16,19 +16,19 @@ import torch
 
 from sah_core.errors import OutputFolderError
 
+from ..layout import table as fitted
 from .rows import CAPTURED, COLD, EAGER, GRAPH, WALL, DecodeRow, Outcome, Row
 from .timing import Copy
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.console import Console, RenderableType
 
 JSON_NAME = "profile.json"
 PLOT_NAME = "profile.png"
 LIBRARIES = ("sparse-attention-hub", "torch", "triton", "transformers")
 COLOURS = {"baseline": "0.6", "realised": "tab:blue", "simulated": "tab:orange"}
 TABLE_WIDTH = 140
-"""The least columns of the tables: wrapped by a terminal, but with no number cut."""
+"""Columns of a table that no terminal shows."""
 NO_MATPLOTLIB = "no plot: matplotlib is not installed (pip install 'sparse-attention-hub[report]')"
 
 
@@ -133,7 +133,8 @@ def show(setting: Setting, rows: Sequence[Outcome], title: str) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.width = max(TABLE_WIDTH, console.width)
+    if not console.is_terminal:
+        console.width = max(TABLE_WIDTH, console.width)
     print_setting(setting, console)
     calls = [row for row in rows if isinstance(row, Row)]
     steps = [row for row in rows if isinstance(row, DecodeRow)]
@@ -164,7 +165,9 @@ def print_rows(rows: Iterable[Row], console: Console, *, gpu: bool) -> None:
     for title, group in by_shape.items():
         shown = [row for row in group if not is_absent(row)]
         console.print()
-        console.print(table(title, columns(shown, gpu), [row.saving for row in shown]))
+        console.print(
+            table(title, columns(shown, gpu), [row.saving for row in shown], console.width)
+        )
         absent = [row.name.removeprefix("dense: ") for row in group if is_absent(row)]
         if absent:
             line = f"refused by torch: {'; '.join(absent)}"
@@ -231,30 +234,20 @@ def scaled(value: float | None, factor: float, form: str) -> str:
     return "-" if value is None else format(value * factor, form)
 
 
-def table(title: str, texts: dict[str, list[str]], savings: Sequence[str]) -> Table:
+def table(
+    title: str, texts: dict[str, list[str]], savings: Sequence[str], width: int
+) -> RenderableType:
     """A table whose first column folds; simulated savings are marked by colour too."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        title=Text(title),
-        title_justify="left",
-    )
-    for index, name in enumerate(texts):
-        if index == 0:
-            made.add_column(name, overflow="fold", ratio=1, min_width=24)
-        else:
-            left = name in ("backend", "saving")
-            made.add_column(name, justify="left" if left else "right", no_wrap=not left)
     styles = {"baseline": "dim", "simulated": "yellow"}
-    for saving, cells in zip(savings, zip(*texts.values(), strict=True), strict=True):
-        made.add_row(*(Text(cell, style=styles.get(saving, "")) for cell in cells))
-    return made
+    return fitted(
+        texts,
+        width=width,
+        texts=[next(iter(texts))],
+        left=("backend", "saving"),
+        styles=[styles.get(saving, "") for saving in savings],
+        title=title,
+        is_compact=True,
+    )
 
 
 def print_reasons(rows: Sequence[Outcome], console: Console) -> None:
@@ -287,7 +280,7 @@ def print_decode(rows: Sequence[DecodeRow], title: str, console: Console) -> Non
     texts["density"] = [scaled(row.density, 1, ".4f") for row in rows]
     texts["saving"] = [row.saving for row in rows]
     console.print()
-    console.print(table(title, texts, [row.saving for row in rows]))
+    console.print(table(title, texts, [row.saving for row in rows], console.width))
     print_reasons(rows, console)
     console.print()
     console.print(

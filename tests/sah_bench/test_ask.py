@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from sah_bench.asking import Answer, first_difference
+from sah_bench.asking import Answer, Difference, first_difference
 from sah_bench.cli import main
 from sah_bench.commands.ask import print_answers
 from sah_core import registry
@@ -209,6 +209,42 @@ def test_answers_stand_side_by_side_where_they_fit_and_below_one_another_elsewhe
     for text in (wide, narrow):
         assert text.count("word") >= 60
     assert max(map(len, narrow.splitlines())) <= 60
+
+
+def test_below_one_another_the_numbers_of_all_pipelines_stand_in_one_table():
+    row = [
+        Answer(pipeline="dense", question=0, text="blue", density=1.0, new_tokens=1),
+        Answer(
+            pipeline="sink(4) | local(16)",
+            question=0,
+            text="green",
+            density=0.25,
+            output_error=0.5,
+            seconds_to_first_token=1.25,
+            tokens_per_second=11.0,
+            new_tokens=64,
+            finished="length",
+            observed_alike=False,
+            saving="realised",
+            difference=Difference(token=0, before="", dense="blue", here="green"),
+        ),
+        Answer(pipeline="sink(2)", question=0, error="boom"),
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    print_answers(["why?"], [row], console)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 80
+    head = next(i for i, line in enumerate(lines) if "first token" in line)
+    assert lines[head].split() == (
+        "density output error first token tokens per s new tokens saving".split()
+    )
+    assert lines[head + 4].split() == (
+        ["0.2500", "0.5000", "1.25", "s", "11.0", "64,", "length", "(*)", "realised"]
+    )
+    assert lines[head + 3] == "sink(4) | local(16)"
+    assert "  differs at token 0: dense “blue”, here “green”" in lines[:head]
+    assert "  error: boom" in lines[:head]
+    assert lines.count("sink(2)") == 1
 
 
 def has_model():
