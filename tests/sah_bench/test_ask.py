@@ -238,10 +238,10 @@ def test_below_one_another_the_numbers_of_all_pipelines_stand_in_one_table():
     assert lines[head].split() == (
         "density output error first token tokens per s new tokens saving".split()
     )
-    assert lines[head + 4].split() == (
+    assert lines[head + 5].split() == (
         ["0.2500", "0.5000", "1.25", "s", "11.0", "64,", "length", "(*)", "realised"]
     )
-    assert lines[head + 3] == "sink(4) | local(16)"
+    assert lines[head + 4] == "sink(4) | local(16)"
     assert "  differs at token 0: dense “blue”, here “green”" in lines[:head]
     assert "  error: boom" in lines[:head]
     assert lines.count("sink(2)") == 1
