@@ -21,9 +21,14 @@ Fit = Callable[[object], str]
 _MARK = f"{hookspecs.PROJECT}_impl"
 
 
-def subclass_of(path: str) -> Fit:
-    """A class that derives from one of the core and is named; the core is imported when asked."""
-    return partial(_subclass, path)
+def subclass_of(path: str, defines: tuple[str, ...] = ()) -> Fit:
+    """A class that derives from one of the core and is named; the core is imported when asked.
+
+    Args:
+        path: Module and name of the base.
+        defines: Methods that it must have of its own.
+    """
+    return partial(_subclass, path, defines)
 
 
 def adapter(value: object) -> str:
@@ -84,12 +89,16 @@ def function(value: object) -> str:
     return "" if callable(value) else f"{_called(value)}, which cannot be called"
 
 
-def _subclass(path: str, value: object) -> str:
+def _subclass(path: str, defines: tuple[str, ...], value: object) -> str:
     module, _, name = path.rpartition(".")
     base = getattr(importlib.import_module(module), name)
     if isinstance(value, type) and not issubclass(value, base):
         return f"{_called(value)}, no subclass of {name}"
-    return _named_class(value)
+    reason = _named_class(value)
+    missing = [name for name in defines if getattr(value, name, None) is getattr(base, name)]
+    if reason or not missing:
+        return reason
+    return f"{_called(value)}, which does not define {' and '.join(missing)}"
 
 
 def _named_class(value: object) -> str:

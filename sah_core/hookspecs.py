@@ -85,8 +85,8 @@ class MaskerSpec:
             plugin is asked; its result is the result.
 
         Raises:
-            BrokenPluginError: by the registry, if the hook is missing, raises, returns what is no
-                subclass of `Masker`, or returns a class with another name.
+            BrokenPluginError: by the registry, if the hook is missing, raises, or returns what is
+                no subclass of `Masker`, a class without ``add_mask`` or one with another name.
 
         Example:
             @hookimpl
@@ -141,8 +141,9 @@ class BackendSpec:
             Exactly one plugin is asked; its result is the result.
 
         Raises:
-            BrokenPluginError: by the registry, if the hook is missing, raises, returns what is no
-                subclass of `Backend`, or returns a class with another name.
+            BrokenPluginError: by the registry, if the hook is missing, raises, or returns what is
+                no subclass of `Backend`, a class without ``refuses`` or ``attend``, or one with
+                another name.
 
         Example:
             @hookimpl

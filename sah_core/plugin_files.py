@@ -15,9 +15,12 @@ from .errors import PluginConflictError, PluginFileError, nearest_names, one_lin
 from .hookspecs import PROJECT
 from .kind import Carrier, Kind, PluginEntry
 
-__all__ = ["load"]
+__all__ = ["FILE_PREFIX", "load"]
 
 _MARK = f"{PROJECT}_impl"
+
+FILE_PREFIX = "sah_plugin_file_"
+"""Begin of the names of the modules that files become."""
 
 
 def load(path: Path, kinds: Sequence[Kind[Any]]) -> tuple[PluginEntry, ...]:
@@ -55,7 +58,7 @@ def _imported(path: Path) -> ModuleType:
         reason = "it is a folder" if path.is_dir() else "there is no such file"
         raise PluginFileError(str(path), reason)
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-    name = f"sah_plugin_file_{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}_{digest}"
+    name = f"{FILE_PREFIX}{re.sub(r'[^a-zA-Z0-9]', '_', path.stem)}_{digest}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise PluginFileError(str(path), "it is no Python file")

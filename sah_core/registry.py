@@ -62,11 +62,13 @@ class Registry:
         self._points: importlib.metadata.EntryPoints | None = None
         self._files: dict[Path, tuple[PluginEntry, ...]] = {}
         self.maskers: Kind[type[Masker]] = self._kind(
-            "masker", hookspecs.MaskerSpec, fit.subclass_of("sah_core.masker.Masker")
+            "masker", hookspecs.MaskerSpec, fit.subclass_of("sah_core.masker.Masker", ("add_mask",))
         )
         self.adapters: Kind[type[Any]] = self._kind("adapter", hookspecs.AdapterSpec, fit.adapter)
         self.backends: Kind[type[Backend]] = self._kind(
-            "backend", hookspecs.BackendSpec, fit.subclass_of("sah_core.backend.Backend")
+            "backend",
+            hookspecs.BackendSpec,
+            fit.subclass_of("sah_core.backend.Backend", ("refuses", "attend")),
         )
         self.benchmarks: Kind[type[Benchmark]] = self._kind(
             "benchmark", hookspecs.BenchmarkSpec, fit.subclass_of("sah_core.benchmark.Benchmark")

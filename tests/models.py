@@ -91,6 +91,79 @@ FAMILIES = {
         },
     ),
 }
+LATENTS = {
+    "head_dim": None,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+WINDOW = {"sliding_window": 8, "num_hidden_layers": 4}
+MORE = {
+    "apertus": ("ApertusConfig", {}),
+    "bitnet": ("BitNetConfig", {}),
+    "cohere": ("CohereConfig", {}),
+    "cohere2-moe": ("Cohere2MoeConfig", {**WINDOW, **EXPERTS}),
+    "deepseek-v2": ("DeepseekV2Config", LATENTS),
+    "dots1": ("Dots1Config", {**LATENTS, "head_dim": 16, "num_key_value_heads": 2}),
+    "ernie4.5": ("Ernie4_5Config", {}),
+    "exaone4": ("Exaone4Config", WINDOW),
+    "gemma": ("GemmaConfig", {}),
+    "glm": ("GlmConfig", {}),
+    "glm4-moe": ("Glm4MoeConfig", {**LATENTS, "head_dim": 16, "num_key_value_heads": 2}),
+    "gpt2": ("GPT2Config", {"head_dim": None, "num_key_value_heads": None}),
+    "gptj": ("GPTJConfig", {"head_dim": None, "num_key_value_heads": None, "rotary_dim": 8}),
+    "gpt-neox": ("GPTNeoXConfig", {"head_dim": None, "num_key_value_heads": None}),
+    "granite": ("GraniteConfig", {}),
+    "helium": ("HeliumConfig", {}),
+    "hunyuan": ("HunYuanDenseV1Config", {}),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
+    "llama4": (
+        "Llama4TextConfig",
+        {**EXPERTS, "attention_chunk_size": 8, "num_hidden_layers": 4, "intermediate_size_mlp": 96},
+    ),
+    "minimax-m2": ("MiniMaxM2Config", EXPERTS),
+    "ministral": ("MinistralConfig", WINDOW),
+    "mixtral": ("MixtralConfig", EXPERTS),
+    "nemotron": ("NemotronConfig", {}),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo3": ("Olmo3Config", WINDOW),
+    "olmoe": ("OlmoeConfig", EXPERTS),
+    "opt": ("OPTConfig", {"head_dim": None, "num_key_value_heads": None, "ffn_dim": 96}),
+    "persimmon": ("PersimmonConfig", {"head_dim": None, "num_key_value_heads": None}),
+    "phi": ("PhiConfig", {"head_dim": None}),
+    "qwen2-moe": ("Qwen2MoeConfig", EXPERTS),
+    "qwen3.5": (
+        "Qwen3_5TextConfig",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_conv_kernel_dim": 4,
+        },
+    ),
+    "seed-oss": ("SeedOssConfig", {}),
+    "stablelm": ("StableLmConfig", {"head_dim": None}),
+    "starcoder2": ("Starcoder2Config", {"sliding_window": 8}),
+}
+"""Families that are tried for equality and causality alone."""
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<|end|>", "<unk>")
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -107,7 +180,7 @@ TRIMMING_CHAT = PLAIN_CHAT.replace("m['content']", "m['content'] | trim")
 
 def config(family, **options):
     """The configuration of a tiny model."""
-    name, extra = FAMILIES[family]
+    name, extra = {**FAMILIES, **MORE}[family]
     values = {**COMMON, **extra, **options}
     # some families have no such setting, or derive it
     given = {key: value for key, value in values.items() if value is not None}

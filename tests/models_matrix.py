@@ -62,6 +62,47 @@ STRANGERS = {
         "MambaConfig",
         {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 2},
     ),
+    "RecurrentGemma (reads several tokens at a time otherwise)": (
+        "RecurrentGemmaConfig",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "lru_width": 16,
+            "initializer_range": 0.3,
+        },
+    ),
+    "DiffLlama (two attentions per layer)": (
+        "DiffLlamaConfig",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        },
+    ),
+    "Doge (computes a mask of its own)": (
+        "DogeConfig",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+    ),
+    "Llama with the window of a Mistral in its configuration": (
+        "LlamaConfig",
+        {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "sliding_window": 4096,
+        },
+    ),
     "DeepSeek-V3.2 (its own sparse attention)": (
         "DeepseekV32Config",
         {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -252,13 +293,25 @@ def page():
             [facts(family) for family in families],
         ),
         "",
+        "## More families",
+        "",
+        "`tests/sah_plugins/test_more_models.py` tries these with `eager` and `gather`: with "
+        "everything selected they equal their",
+        "own attention, in one pass and piece by piece; with a selection no row changes with a "
+        "later token; left padding changes",
+        "nothing. "
+        + ", ".join(sorted(n.removesuffix("Config") for n, _ in models.MORE.values()))
+        + ".",
+        "",
         "## Refused",
         "",
         "Every decoder of transformers is tried on a few tokens before it is patched: its own "
         "attention in one pass, and ours",
-        "with everything selected, in three pieces on a cache. What differs, attends to anything "
-        "but its own text, or keeps a",
-        "cache whose way back is not known is refused.",
+        "with everything selected, in pieces on a cache (prefill, question, decode steps), each of "
+        "which must be right. What",
+        "differs, attends to anything but its own text, keeps a cache whose way back is not known, "
+        "or one that forgets what its",
+        "attention may read, is refused. So is a left-padded batch, if padding changes the logits.",
         "",
         *table(["model", "error"], [[name, refusal(*s)] for name, s in STRANGERS.items()]),
         "",

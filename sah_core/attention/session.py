@@ -13,7 +13,7 @@ from torch import Tensor
 from sah_core.allowed import Allowed
 from sah_core.attention.backends import Choice, Fallback
 from sah_core.attention.states import LayerState, Snapshot, Upkeep, copied
-from sah_core.attention.steps import build_mask, leading_position_only, with_step
+from sah_core.attention.steps import add_step, build_mask, leading_position_only, with_step
 from sah_core.backend import Backend
 from sah_core.errors import ParameterError
 from sah_core.hookspecs import PROJECT, ObserverSpec
@@ -204,7 +204,7 @@ class Session:
             self._prefix = (inputs.allowed, inputs.shape, mask)
         for index in range(self._leading, len(steps)):
             step_inputs = with_step(inputs, index, states.get(index), seed)
-            mask = steps[index].add_mask(step_inputs, mask)
+            mask = add_step(steps[index], step_inputs, mask)
         return mask
 
     def observe(self, name: str, **arguments: Any) -> None:

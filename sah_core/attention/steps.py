@@ -85,7 +85,28 @@ def build_mask(
                 masker.append(state, inputs.key, inputs.value, 0)
                 context = context_only(inputs, inputs.capacity)
                 masker.end_prefill(state, with_step(context, index, state, seed))
-        mask = masker.add_mask(with_step(inputs, index, state, seed), mask)
+        mask = add_step(masker, with_step(inputs, index, state, seed), mask)
+    return mask
+
+
+def add_step(masker: Masker, inputs: Inputs, previous: Mask) -> Mask:
+    """Run one masker, which may be anybody's.
+
+    Raises:
+        TypeError: It returns no mask.
+        ValueError: It returns a mask of another shape.
+    """
+    mask = masker.add_mask(inputs, previous)
+    if not isinstance(mask, Mask):
+        raise TypeError(
+            f"{masker.name}: add_mask returned {type(mask).__name__}, no Mask; return previous "
+            "united with what is selected"
+        )
+    if mask.shape != inputs.shape:
+        raise ValueError(
+            f"{masker.name}: add_mask returned a mask of shape {mask.shape}, not {inputs.shape}; "
+            "build it with inputs.shape"
+        )
     return mask
 
 

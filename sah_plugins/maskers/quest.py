@@ -10,6 +10,10 @@ bounds are attended.
 Differs from the paper in paging generated tokens too, in ranking the last page like any other, in
 choosing per query head unless ``group_reduction`` says otherwise, and in ``label_bits``, which
 rounds the bounds as Twilight does. Reads ``2 / page_size`` of the keys per query and keeps as much.
+
+The bounds of a page are those of all its keys that have come, so that with several sparse rows
+(questions, or a sparse prefill) a row may rank the page that it stands in, and no other, by keys
+behind its own; a sparse prefill in other chunks may then choose other pages.
 """
 
 from __future__ import annotations

@@ -605,3 +605,36 @@ def test_the_tensors_of_the_caller_are_not_changed():
     run(session, data, 0, 8, (0, 1), "prefill")
     run(session, data, 8, 9, (0, 1), "question")
     assert all(torch.equal(a, b) for a, b in zip(before, data, strict=True))
+
+
+@attrs.frozen(kw_only=True)
+class Returns(Masker):
+    """Returns whatever it holds."""
+
+    name: ClassVar[str] = "returns"
+    what: Any = None
+
+    def add_mask(self, inputs, previous):
+        return self.what
+
+
+@pytest.mark.parametrize("steps", [[], [Counted()]])
+@pytest.mark.parametrize(
+    ("what", "error", "message"),
+    [
+        (None, TypeError, "returns: add_mask returned NoneType, no Mask; return previous united"),
+        (torch.ones(3), TypeError, "returns: add_mask returned Tensor, no Mask"),
+        (
+            Mask.full((1, 1, 1, 9)),
+            ValueError,
+            r"of shape \(1, 1, 1, 9\), not \(1, 4, 2, 6\); build",
+        ),
+    ],
+)
+def test_what_a_masker_returns_is_looked_at(steps, what, error, message):
+    pipeline = Pipeline.of(*steps, Returns(what=what))
+    session = Session(pipeline, ("full_attention",), backend="eager")
+    session.phase = "question"
+    query, key = torch.zeros(1, HEADS, 2, DIM), torch.zeros(1, KV_HEADS, 6, DIM)
+    with pytest.raises(error, match=message):
+        session.attend(0, query, key, key, Allowed.causal(2, 6), 1.0)

@@ -579,6 +579,13 @@ class OwnSeed(Wrong):
         return Mask.from_indices(inputs.shape, index, probability=torch.full((1, 1, 1, 1), 0.5))
 
 
+@attrs.frozen(kw_only=True)
+class HidesParameter(Wrong):
+    """Has a field that no pipeline can set."""
+
+    more: int = 5
+
+
 MISTAKES = [
     (LooksAhead(), "causality", "keys up to its own position"),
     (Forgets(), "previous_respected", "previous | selection"),
@@ -598,6 +605,7 @@ MISTAKES = [
     (SharesSecretly(), "layers_are_independent", "inputs.state"),
     (ClaimsPositions(), "position_only", "drop position_only"),
     (LosesParameter(more=5), "parameters_round_trip", "sah_core.param"),
+    (HidesParameter(), "parameters_round_trip", "field more is no parameter.*sah_core.param"),
     (Undecorated(), "frozen", "attrs.frozen"),
     (Mutable(), "frozen", "cannot be hashed.*in its state"),
     (Undocumented(), "docstring", "what it selects"),
@@ -665,6 +673,17 @@ def test_a_module_without_a_source_is_caught(monkeypatch):
         assert result.passed
 
 
+def test_a_file_without_a_source_is_called_by_its_name(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(FILE.format(module="math").replace("No paper", "Nothing"))
+    from sah_core import Registry
+
+    registry = Registry()
+    registry.load_file(file)
+    [result] = run_checks(registry.maskers["heavy"](), [module.check_docstring])
+    assert "the docstring of mine.py names no source" in result.message
+
+
 FILE = """
 'No paper: it imports what it does not need.'
 import {module}
@@ -673,7 +692,11 @@ from sah_core import Masker, hookimpl
 
 @attrs.frozen(kw_only=True)
 class Heavy(Masker):
+    "Selects nothing."
     name = "heavy"
+
+    def add_mask(self, inputs, previous):
+        return previous
 
 @hookimpl
 def sah_masker():

@@ -26,14 +26,19 @@ from sah_core.registry import Registry
 pytestmark = pytest.mark.unit
 
 
+class Toy(Masker):
+    def add_mask(self, inputs, previous):
+        return previous
+
+
 @attrs.frozen(kw_only=True)
-class First(Masker):
+class First(Toy):
     name: ClassVar[str] = "t-first"
     first_size: Size = param(128, type=Size, help="keys")
 
 
 @attrs.frozen(kw_only=True)
-class Rich(Masker):
+class Rich(Toy):
     name: ClassVar[str] = "t-rich"
     top_p: float = param(0.9, help="mass", minimum=0, maximum=1)
     mode: str = param("mean", help="pooling")
@@ -43,12 +48,12 @@ class Rich(Masker):
 
 
 @attrs.frozen(kw_only=True)
-class Plain(Masker):
+class Plain(Toy):
     name: ClassVar[str] = "t-plain"
 
 
 @attrs.frozen(kw_only=True)
-class Sampler(Masker):
+class Sampler(Toy):
     name: ClassVar[str] = "t-sampler"
     capabilities: ClassVar[Capabilities] = Capabilities(stochastic=True)
 

@@ -32,6 +32,9 @@ GOOD = """
     class Zigzag(Masker):
         name = "zigzag"
 
+        def add_mask(self, inputs, previous):
+            return previous
+
     @hookimpl
     def sah_masker():
         return Zigzag
@@ -65,6 +68,9 @@ def install(tmp_path, monkeypatch):
 class Quest(Masker):
     name = "quest-of-tests"
 
+    def add_mask(self, inputs, previous):
+        return previous
+
 
 class TestDiscovery:
     def test_listing_imports_nothing(self, install):
@@ -97,6 +103,7 @@ class TestDiscovery:
 
             class ByObject(Masker):
                 name = "by-object"
+                add_mask = print
 
             class Plugin:
                 @hookimpl
@@ -184,6 +191,10 @@ class TestBrokenPlugins:
             GOOD.replace('name = "zigzag"', "pass"),
             "returned Zigzag, a class without a name: set 'name' to the registered name",
         ),
+        "no-add-mask": (
+            GOOD.replace("def add_mask", "def add_maks"),
+            "its hook sah_masker returned Zigzag, which does not define add_mask",
+        ),
         "other-name": (GOOD, "its class is named 'zigzag'"),
         "wrong-arguments": (
             "from sah_core.hookspecs import hookimpl\n@hookimpl\ndef sah_masker(x): return 1",
@@ -215,7 +226,13 @@ class TestBrokenPlugins:
                 "Own, which lacks what an adapter has: process_request, identity",
             ),
         },
-        "backend": {"another class": ("dict", "dict, no subclass of Backend")},
+        "backend": {
+            "another class": ("dict", "dict, no subclass of Backend"),
+            "no methods": (
+                "type('Own', (__import__('sah_core').Backend,), {'name': 'odd'})",
+                "Own, which does not define refuses and attend",
+            ),
+        },
         "benchmark": {"an instance": ("'text'", "an instance of str, no class")},
         "scorer": {
             "a function": ("len", "len, no mapping from the name of a metric to its Scorer"),
@@ -603,6 +620,7 @@ class TestFiles:
 
             class Zigzag(Masker):
                 name = "zigzag"
+                add_mask = print
 
             @hookimpl
             def sah_metric():

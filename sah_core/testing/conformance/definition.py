@@ -11,9 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
+
 from sah_core.masker import Masker
-from sah_core.parameters import from_plain, to_plain
+from sah_core.parameters import from_plain, specs, to_plain
 from sah_core.pipeline_text import format_call, parse_text
+from sah_core.plugin_files import FILE_PREFIX
 
 from .verdict import fail, require, skip
 
@@ -36,9 +39,16 @@ def check_docstring(masker: Masker) -> None:
     require(
         _SOURCE.search(text),
         masker,
-        f"the docstring of module {type(masker).__module__} names no source",
+        f"the docstring of {_place(type(masker).__module__)} names no source",
         "name the paper by its arXiv id, DOI or link, or write 'no paper' and what it is instead",
     )
+
+
+def _place(module: str) -> str:
+    """A module as its author knows it: by name, or by its file if it has no package."""
+    if not module.startswith(FILE_PREFIX):
+        return f"module {module}"
+    return Path(getattr(sys.modules.get(module), "__file__", None) or module).name
 
 
 def check_frozen(masker: Masker) -> None:
@@ -62,6 +72,10 @@ def check_frozen(masker: Masker) -> None:
 def check_parameters_round_trip(masker: Masker) -> None:
     """Plain data, JSON and pipeline text give an equal masker back."""
     change = "declare every field with sah_core.param"
+    known = {spec.name for spec in specs(type(masker))}
+    fields = attrs.fields(type(masker)) if attrs.has(type(masker)) else ()
+    bare = [field.name for field in fields if field.init and field.name not in known]
+    require(not bare, masker, f"its field {', '.join(bare)} is no parameter", change)
     plain = to_plain(masker)
     again = from_plain(type(masker), plain)
     require(again == masker, masker, f"its plain form {plain} gives {again}", change)
