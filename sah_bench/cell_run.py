@@ -14,7 +14,7 @@ from sah_core.errors import SahError, one_line
 from sah_core.hookspecs import PROJECT, ObserverSpec
 from sah_core.pipeline import Pipeline
 
-from .experiment import BenchmarkPlan
+from .benchmark_plans import BenchmarkPlan
 from .store import Cell, Sample
 
 

@@ -18,7 +18,7 @@ def benchmark_of(text: str) -> Benchmark:
     """
     from sah_core.parameters import from_plain
 
-    from .experiment import benchmark_call
+    from .benchmark_plans import benchmark_call
     from .values import Place
 
     place = Place("benchmark")

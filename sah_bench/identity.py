@@ -19,7 +19,8 @@ from sah_core.masker import Masker
 from sah_core.parameters import specs, to_plain
 from sah_core.pipeline import Pipeline
 
-from .experiment import BenchmarkPlan, Experiment
+from .benchmark_plans import BenchmarkPlan
+from .experiment import Experiment
 
 _FORMAT = 1
 """Changes whenever results of an older version would not be comparable."""

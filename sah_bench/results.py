@@ -13,7 +13,8 @@ from sah_core.benchmark import Benchmark, ScoredExample, mean
 from sah_core.parameters import specs, to_plain
 from sah_core.pipeline import Pipeline
 
-from .experiment import BenchmarkPlan, Experiment
+from .benchmark_plans import BenchmarkPlan
+from .experiment import Experiment
 from .store import Cell, canonical
 
 Status = Literal["done", "failed"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sah_core.benchmark import Benchmark, Example
 
-from .experiment import BenchmarkPlan
+from .benchmark_plans import BenchmarkPlan
 from .store import Sample
 
 if TYPE_CHECKING:

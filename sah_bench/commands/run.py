@@ -46,7 +46,8 @@ def run(
     A flag replaces what the file says. A killed run goes on at the next sample when it is started
     again; cells that are done are not run again.
     """
-    from ..experiment import load_document, resolve
+    from ..documents import load_document
+    from ..experiment import resolve
 
     given = {key: _listed(value) for key, value in flags.items()}
     document = None if experiment is None else load_document(experiment)

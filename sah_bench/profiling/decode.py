@@ -107,17 +107,9 @@ def measure_decode(
     begin("filling the cache")
     context = make_context(adapter, plan)
     weights = weights_read(adapter.model)
-    rows = [DecodeRow(name=n, pipeline="dense", batch=plan.batch) for n in (DENSE, BY_ROWS)]
-    pipelines = [Pipeline.dense(), Pipeline.dense()]
-    for text, pipeline in plan.pipelines:
-        named = plan.backends if pipeline.backend == "auto" else (pipeline.backend,)
-        for backend in () if pipeline.is_dense else named:
-            chosen = attrs.evolve(pipeline, backend=backend)
-            row = DecodeRow(name=text, pipeline=chosen.text, batch=plan.batch, requested=backend)
-            rows.append(row)
-            pipelines.append(chosen)
+    planned = planned_rows(plan)
     loops: list[tuple[DecodeRow, Steps]] = []
-    for row, pipeline in zip(rows, pipelines, strict=True):
+    for row, pipeline in planned:
         row.bandwidth, row.weight_bytes = copy.bandwidth, weights
         begin(f"{row.name} on {row.requested}")
         try:
@@ -128,21 +120,42 @@ def measure_decode(
     time_eager(loops, plan)
     alive = {id(row) for row, _ in loops}
     loops.clear()
-    for row, pipeline in zip(rows, pipelines, strict=True):
+    for row, pipeline in planned:
         if id(row) in alive:
             release(plan.device)
             begin(f"{row.name} on {row.requested}, captured")
             time_captured(row, pipeline, adapter, plan, context)
     begin("dense, graphs of a fixed length")
-    for row in list(rows[:2]):
+    rows = [row for row, _ in planned]
+    for row in rows[:2]:
         release(plan.device)
         rows.insert(2, time_fixed(row, adapter, plan, context))
+    compare_with_dense(rows)
+    return rows
+
+
+def planned_rows(plan: DecodePlan) -> list[tuple[DecodeRow, Pipeline]]:
+    """The rows of a plan, dense ones first, each with the pipeline that it measures."""
+    found = [
+        (DecodeRow(name=name, pipeline="dense", batch=plan.batch), Pipeline.dense())
+        for name in (DENSE, BY_ROWS)
+    ]
+    for text, pipeline in plan.pipelines:
+        named = plan.backends if pipeline.backend == "auto" else (pipeline.backend,)
+        for backend in () if pipeline.is_dense else named:
+            chosen = attrs.evolve(pipeline, backend=backend)
+            row = DecodeRow(name=text, pipeline=chosen.text, batch=plan.batch, requested=backend)
+            found.append((row, chosen))
+    return found
+
+
+def compare_with_dense(rows: Sequence[DecodeRow]) -> None:
+    """Note in every row the seconds of the fastest dense one."""
     for kind in (EAGER, CAPTURED):
         known = [row.seconds(kind) for row in rows if row.pipeline == "dense"]
         found = [seconds for seconds in known if seconds is not None]
         for row in rows if found else ():
             row.dense[kind] = min(found)
-    return rows
 
 
 def time_fixed(row: DecodeRow, adapter: Any, plan: DecodePlan, context: MadeUpContext) -> DecodeRow:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from sah_bench.experiment import load_document, resolve
+from sah_bench.documents import load_document
+from sah_bench.experiment import resolve
 from sah_core import MetricCall
 from sah_core.errors import ExperimentError, OutputFolderError
 
