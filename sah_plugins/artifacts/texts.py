@@ -8,10 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sah_core import compat
 from sah_core.errors import RequestError
 
 LONGEST_TOKEN = 12
 """Characters per token taken at first; a window that needs more gets more."""
+
+
+def check_length(model: Any, length: int) -> None:
+    """Refuse windows that a model cannot read, before it tries.
+
+    Raises:
+        RequestError: If the model's context is shorter than a window.
+    """
+    limit = getattr(compat.text_config(model), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise RequestError(
+            f"length = {length} is more than the {limit} tokens of the model's context; "
+            "set a smaller length"
+        )
 
 
 def token_windows(

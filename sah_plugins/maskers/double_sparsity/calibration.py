@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sah_core import Inputs, param
 from sah_core.artifacts import Material, ModelTool, Progress, watch_attention
-from sah_plugins.artifacts.texts import token_windows
+from sah_plugins.artifacts.texts import check_length, token_windows
 
 from .channels import SELECTIONS, write_channels
 
@@ -35,6 +35,7 @@ class ChannelCalibration(ModelTool):
 
     def make(self, material: Material, output: Path, progress: Progress) -> Mapping[str, Any]:
         """Read the windows, add up the channels, write the file."""
+        check_length(material.model, self.length)
         windows = token_windows(material.tokenizer, material.texts, self.length, self.samples)
         sums = ChannelSums(per_kv_head=self.per_kv_head)
         for done, window in enumerate(windows, start=1):

@@ -21,7 +21,7 @@ from sah_core import Inputs, Size, param
 from sah_core.artifacts import Material, ModelTool, Progress, watch_attention
 from sah_core.errors import RequestError
 from sah_core.ops import REFERENCE, apply_mlp
-from sah_plugins.artifacts.texts import token_windows
+from sah_plugins.artifacts.texts import check_length, token_windows
 
 from .weights import HashFunctions, Linear, write_weights
 
@@ -62,6 +62,7 @@ class HashTraining(ModelTool):
 
     def make(self, material: Material, output: Path, progress: Progress) -> Mapping[str, Any]:
         """Train, measure on held-out text, write the weights."""
+        check_length(material.model, self.length)
         chunks = -(-self.length // self.chunk)
         count = -(-self.steps // chunks)
         model, read = material.model, (material.tokenizer, material.texts, self.length)

@@ -11,7 +11,13 @@ from safetensors.torch import save_file
 from sah_core import Allowed, Pipeline, Size, attach
 from sah_core.artifacts import Material, watch_attention
 from sah_core.attention import layer_info
-from sah_core.errors import ArtifactError, MissingParameterError, ParameterError, UnsupportedError
+from sah_core.errors import (
+    ArtifactError,
+    MissingParameterError,
+    ParameterError,
+    RequestError,
+    UnsupportedError,
+)
 from sah_core.parameters import from_plain
 from sah_core.testing import CHECKS
 from sah_plugins.artifacts.texts import token_windows
@@ -261,6 +267,12 @@ TEXT = "the cat sat on the mat and the dog ran in the sun. " * 40
 
 def material(tiny):
     return Material(model=tiny[0], tokenizer=tiny[1], name="tiny", texts=[TEXT])
+
+
+def test_windows_longer_than_the_models_context_are_refused(tmp_path, tiny):
+    tool = ChannelCalibration(length=513)
+    with pytest.raises(RequestError, match="length = 513 is more than the 512 tokens"):
+        tool.make(material(tiny), tmp_path / "channels.json", lambda *step: None)
 
 
 def expected_sums(model, windows):

@@ -478,6 +478,11 @@ def test_training_is_deterministic_under_a_seed(tmp_path, tiny):
     assert paths[0].read_bytes() != paths[2].read_bytes()
 
 
+def test_windows_longer_than_the_models_context_are_refused(tmp_path, tiny):
+    with pytest.raises(RequestError, match="length = 513 is more than the 512 tokens"):
+        train(tiny, tmp_path / "w.safetensors", length=513)
+
+
 def test_training_that_diverges_is_refused_and_writes_nothing(tmp_path, tiny):
     path = tmp_path / "w.safetensors"
     with pytest.raises(RequestError, match=r"no longer finite at step \d; set lr below 1e\+30"):
