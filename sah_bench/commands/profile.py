@@ -107,50 +107,24 @@ def profile(
     CUDA-graph replay and wall time, the bytes that must move, the share of the bandwidth limit,
     peak memory. With --model or --model-shape, tokens per second of whole decode steps.
     """
-    from sah_core import Pipeline, registry
-
     from ..profiling import report
-    from ..profiling.shapes import bad_option
     from ..profiling.timing import measure_copy
 
-    if not pipelines:
-        raise bad_option("--pipeline", "give at least one, such as 'sink(128) | local(128)'")
-    parsed = tuple((text, Pipeline.parse(text)) for text in pipelines)
-    for _, pipeline in parsed:
-        pipeline.check_artifacts()
-    place = _device(device)
-    defaults = {**_COMMON, **_DEFAULTS[place.type]}
-    sizes = {name: _flat(options[name]) or defaults[name] for name in (*_COUNTS, "dtype")}
-    backends = _flat(options["backend"]) or _installed(defaults["backend"])
-    for name in (*backends, *(p.backend for _, p in parsed)):
-        if name != "auto":
-            registry.backends[name]
-    rounds = rounds or defaults["rounds"]
-    _check_dtypes(sizes["dtype"])
+    plan = _plan(pipelines, _device(device), rounds, warmup, options)
     if output is not None:
         report.prepare(output)
 
     def begin(what: object) -> None:
         click.echo(f"measuring {what}", err=True)
 
-    make_plan = _decode_plan if _model_given(options) else _attention_plan
-    plan = make_plan(
-        pipelines=parsed,
-        backends=backends,
-        device=place,
-        rounds=rounds,
-        warmup=warmup,
-        sizes=sizes,
-        options=options,
-    )
-    copy = measure_copy(place, rounds)
+    copy = measure_copy(plan.device, plan.rounds)
     rows = list(plan.measure(copy, begin))
     setting = report.Setting(
         command=shlex.join(["sah-bench", "profile", *click.get_current_context().meta[_ARGUMENTS]]),
-        device=place,
+        device=plan.device,
         copy=copy,
-        rounds=rounds,
-        warmup=warmup,
+        rounds=plan.rounds,
+        warmup=plan.warmup,
     )
     content = report.document(setting, rows, plan.to_plain())
     if as_json:
@@ -164,6 +138,42 @@ def profile(
             click.echo(report.plot(output, setting, rows), err=as_json)
     if any(row.status in ("failed", "out of memory") for row in rows):
         raise click.exceptions.Exit(1)
+
+
+def _plan(
+    pipelines: tuple[str, ...],
+    device: torch.device,
+    rounds: int | None,
+    warmup: int,
+    options: dict[str, Any],
+) -> Plan | DecodePlan:
+    """What the options ask for, checked."""
+    from sah_core import Pipeline, registry
+
+    from ..profiling.shapes import bad_option
+
+    if not pipelines:
+        raise bad_option("--pipeline", "give at least one, such as 'sink(128) | local(128)'")
+    parsed = tuple((text, Pipeline.parse(text)) for text in pipelines)
+    for _, pipeline in parsed:
+        pipeline.check_artifacts()
+    defaults = {**_COMMON, **_DEFAULTS[device.type]}
+    sizes = {name: _flat(options[name]) or defaults[name] for name in (*_COUNTS, "dtype")}
+    backends = _flat(options["backend"]) or _installed(defaults["backend"])
+    for name in (*backends, *(p.backend for _, p in parsed)):
+        if name != "auto":
+            registry.backends[name]
+    _check_dtypes(sizes["dtype"])
+    make_plan = _decode_plan if _model_given(options) else _attention_plan
+    return make_plan(
+        pipelines=parsed,
+        backends=backends,
+        device=device,
+        rounds=rounds or defaults["rounds"],
+        warmup=warmup,
+        sizes=sizes,
+        options=options,
+    )
 
 
 def _flat(values: tuple[tuple[Any, ...], ...]) -> tuple[Any, ...]:
