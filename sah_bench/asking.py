@@ -87,6 +87,7 @@ class Answer:
         seconds_to_first_token: From the whole prompt to the first new token, that time included.
         tokens_per_second: New tokens per second after the first; None for a single token.
         saving: ``none``, ``simulated`` or ``realised``.
+        backends: What executed its masks; empty where nothing was selected.
         difference: Where it first differs from the dense answer; None where it does not.
         observed_alike: Whether the observed pass gave the same tokens.
         error: Why there is no answer, on one line; empty if there is one.
@@ -106,6 +107,7 @@ class Answer:
     seconds_to_first_token: float | None = None
     tokens_per_second: float | None = None
     saving: str = "none"
+    backends: tuple[str, ...] = ()
     difference: Difference | None = None
     observed_alike: bool = True
     error: str = ""
@@ -271,6 +273,7 @@ def _answer(pipeline: Pipeline, index: int, detail: AnswerDetail, **measured: An
         seconds_to_first_token=detail.time_to_first_token,
         tokens_per_second=detail.tokens_per_second,
         saving=saving(pipeline, detail.backends),
+        backends=() if pipeline.is_dense else detail.backends,
         **measured,
     )
 

@@ -88,6 +88,20 @@ def folded(line: str, hanging: int) -> str:
     )
 
 
+def noted(head: str, note: str, hanging: int) -> str:
+    """A line with a note behind it, or below it where a terminal is too narrow for both.
+
+    Args:
+        head: The line.
+        note: The note; may be empty.
+        hanging: Blank characters before a note that stands below.
+    """
+    line = f"{head}  {note}".rstrip()
+    if "\n" not in folded(line, 0):
+        return line
+    return f"{head.rstrip()}\n{folded(' ' * hanging + note, hanging)}"
+
+
 def _wanted(columns: Mapping[str, Sequence[str]], texts: Sequence[str], gap: int) -> int:
     """The width from which on texts stand beside their numbers."""
     total = gap * (len(columns) - 1)

@@ -304,6 +304,7 @@ def _plain(plan: Plan, answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
         "model": plan.model,
         "context_tokens": answers[0][0].context_tokens,
         "generation": dict(plan.generation),
+        "seed": plan.seed,
         "questions": [
             {
                 "question": question,

@@ -25,7 +25,7 @@ from sah_core.errors import (
 )
 from sah_core.registry import Kind, PluginEntry
 
-from ..layout import folded
+from ..layout import folded, noted
 from ..options import debug_option, plugin_option
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _print_results(plugin: Masker | Benchmark, results: list[CheckResult]) -> No
     for result in results:
         status = click.style(result.status.ljust(7), fg=_COLOURS[result.status])
         message = result.message.removeprefix(f"{plugin.name}: ")
-        line = folded(f"  {result.status:<7}  {result.name.ljust(width)}  {message}".rstrip(), 11)
+        line = noted(f"  {result.status:<7}  {result.name.ljust(width)}", message, 11)
         click.echo(line.replace(result.status.ljust(7), status, 1))
     counts = Counter[str](result.status for result in results)
     click.echo(", ".join(f"{counts[status]} {status}" for status in _COLOURS))
@@ -224,7 +224,7 @@ def _print_entries(entries: list[PluginEntry]) -> None:
             kind = entry.kind
             click.echo(f"{_kind(kind).plural}")
         cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
-        click.echo(folded(f"  {'  '.join(cells)}  {row[3]}".rstrip(), 6))
+        click.echo(noted(f"  {'  '.join(cells)}", row[3], 6))
 
 
 def _facts(kind: Kind[Any], name: str) -> dict[str, Any]:

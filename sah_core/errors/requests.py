@@ -29,8 +29,8 @@ class ContextTooLongError(SahError, ValueError):
             )
         return (
             f"the prompt is too long: {self.tokens} tokens, but {self.what} allows {self.limit}. "
-            "shorten the question, or cut the context with a max_context_length and "
-            "truncation='middle'."
+            "shorten the question, ask for fewer new tokens, or cut the context with a "
+            "max_context_length and truncation='middle'."
         )
 
 

@@ -46,6 +46,7 @@ def test_dense_answers_first_and_every_pipeline_beside_it(fakes):
     dense, sparse = who["answers"]
     assert (dense["density"], dense["output_error"], dense["difference"]) == (1.0, 0.0, None)
     assert (dense["saving"], sparse["saving"]) == ("none", "realised")
+    assert (dense["backends"], sparse["backends"]) == ([], ["gather"])
     assert sparse["difference"] == {"token": 1, "before": "", "dense": "?ohW", "here": "no"}
 
 

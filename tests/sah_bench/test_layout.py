@@ -8,7 +8,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from sah_bench.layout import folded, table
+from sah_bench.layout import folded, noted, table
 
 pytestmark = pytest.mark.unit
 
@@ -99,6 +99,20 @@ def test_a_line_is_whole_where_there_is_no_terminal(monkeypatch):
     assert lines[0].startswith("  failed  name  word")
     assert all(line.startswith("    word") for line in lines[1:])
     assert max(map(len, lines)) <= 40
+
+
+def test_a_note_stands_behind_a_line_or_below_it(monkeypatch):
+    note = "it requires another version of this"
+    assert noted("  old  incompatible", note, 6) == f"  old  incompatible  {note}"
+    assert noted("  sink  ok  ", "", 6) == "  sink  ok"
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "30")
+    assert noted("  old  incompatible", note, 6).splitlines() == [
+        "  old  incompatible",
+        "      it requires another",
+        "      version of this",
+    ]
+    assert noted("  sink  ok  ", "", 6) == "  sink  ok"
 
 
 @pytest.mark.integration

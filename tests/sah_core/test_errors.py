@@ -96,8 +96,9 @@ MESSAGES = {
         "model 'm' not found: no such folder. pip install m"
     ),
     errors.ContextTooLongError(9000, 8192, "model 'm'"): (
-        "the prompt is too long: 9000 tokens, but model 'm' allows 8192. shorten the question, or "
-        "cut the context with a max_context_length and truncation='middle'."
+        "the prompt is too long: 9000 tokens, but model 'm' allows 8192. shorten the question, "
+        "ask for fewer new tokens, or cut the context with a max_context_length and "
+        "truncation='middle'."
     ),
     errors.ContextTooLongError(10, 9, "max_context_length"): (
         "the context is too long: 10 tokens, but max_context_length allows 9 and truncation is "
