@@ -7,8 +7,8 @@ both, whatever happened inside.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -144,3 +144,44 @@ def use(model: Any, session: Session, *, always: bool = False) -> Iterator[Sessi
             entry.blocks -= 1
             if not entry.blocks:
                 compat.set_implementation(config, _switched.pop(id(config)).before)
+
+
+@contextmanager
+def set_apart(model: Any, kv_cache: Any, fresh: Callable[[], Session]) -> Iterator[None]:
+    """Keep passes over another cache than ``kv_cache`` away from the session that is attached.
+
+    During generation a model may run over other texts too: the unconditional branch of guidance,
+    drafts of the model's own first layers. Each gets a session of its own, which begins with the
+    pass that begins the cache.
+
+    Args:
+        model: The model.
+        kv_cache: The cache of the attached session.
+        fresh: Makes a session for another cache.
+    """
+    argument = compat.cache_argument(type(model).forward)
+    others: list[Session] = []
+    passes: list[ExitStack] = []
+
+    def before(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+        passes.append(ExitStack())
+        given = named.get(argument)
+        if given is kv_cache:
+            return
+        if not others or given is None or not given.get_seq_length():
+            others[:] = [fresh()]
+        passes[-1].enter_context(use(model, others[0]))
+        passes[-1].enter_context(compat.left_padding(()))
+
+    def after(module: Any, arguments: Any, output: Any) -> None:
+        passes.pop().close()
+
+    hooks = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

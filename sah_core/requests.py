@@ -190,6 +190,8 @@ class AnswerDetail:
         batch: Contexts that were read and answered together; the times are those of all of them.
         overflow_rows: Query rows, of all heads and layers, that wanted more keys than a masker's
             ``max_size`` gave them; like the times, of all contexts and sequences together.
+        outputs: What ``generate`` itself returned about this question, per draw, where
+            ``return_dict_in_generate`` asked for it: scores, logits, hidden states; not the cache.
         likelihood: Not None where a given text was predicted in place of an answer: the text is
             then empty and ``token_ids`` are those predicted.
     """
@@ -208,6 +210,7 @@ class AnswerDetail:
     others: tuple[Generated, ...] = ()
     batch: int = 1
     overflow_rows: int = 0
+    outputs: tuple[Any, ...] = attrs.field(default=(), repr=False, eq=False)
     likelihood: Likelihood | None = None
 
     @property

@@ -8,14 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import pluggy
+import torch
 from torch import Tensor
 
 from sah_core.allowed import Allowed
 from sah_core.attention.backends import Choice, Fallback
 from sah_core.attention.states import LayerState, Snapshot, Upkeep, copied
-from sah_core.attention.steps import add_step, build_mask, leading_position_only, with_step
+from sah_core.attention.steps import (
+    add_step,
+    as_alone,
+    build_mask,
+    leading_position_only,
+    with_step,
+)
 from sah_core.backend import Backend
-from sah_core.errors import ParameterError
+from sah_core.errors import ParameterError, UnsupportedError
 from sah_core.hookspecs import PROJECT, ObserverSpec
 from sah_core.inputs import PHASES, Inputs, Phase
 from sah_core.mask import KeyRange, Mask
@@ -66,6 +73,7 @@ class Session:
         self.backends_used: set[str] = set()
         self.choice = Choice(needs_lse=any("lse" in s.capabilities.needs for s in pipeline.steps))
         self._passes: int | None = None
+        self._question: int | None = None
         self._last_layer = -1
         self._upkeep = Upkeep(pipeline)
         self._feedback = tuple(
@@ -134,7 +142,39 @@ class Session:
             phase=phase,
             request_state=self.request_state,
         )
-        if self.pipeline.is_sparse(layer, layer_type, phase):
+        if self._question is None:
+            return self._attend(inputs)
+        return self._verify(inputs, self._question if self._passes == 1 else 0)
+
+    def _verify(self, inputs: Inputs, question: int) -> Tensor:
+        """A pass over ``question`` rows of a question and proposed tokens behind them, which are
+        decoded as they would be one by one: each sees the keys up to its own, and the states as
+        they then are.
+        """
+        layer, layer_type, rows = inputs.layer, inputs.layer_type, inputs.query_len
+        one_by_one = self.pipeline.is_sparse(layer, layer_type, "decode")
+        keeps = one_by_one and (self._upkeep.stateful or self._upkeep.needs_window)
+        if keeps and layer_type != "full_attention":
+            raise UnsupportedError(
+                what=f"verifying proposed tokens in layer {layer} ({layer_type})",
+                reason="what a masker keeps of them cannot be taken back where the cache drops keys",
+            )
+        held = inputs.capacity - rows
+        if layer in self.layers:
+            self.layers[layer].take_back(held)
+        parts = []
+        if question:
+            parts.append(self._attend(as_alone(inputs, 0, min(question, rows), "question")))
+        step = 1 if one_by_one else max(1, rows - question)
+        for begin in range(question, rows, step):
+            if keeps:
+                kept = self.layers.setdefault(layer, LayerState())
+                kept.marks[held + begin] = kept.snapshot()
+            parts.append(self._attend(as_alone(inputs, begin, begin + step, "decode")))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _attend(self, inputs: Inputs) -> Tensor:
+        if self.pipeline.is_sparse(inputs.layer, inputs.layer_type, inputs.phase):
             return self._attend_sparsely(inputs)
         self.remember(inputs)
         mask = full_mask(inputs)
@@ -177,8 +217,16 @@ class Session:
         """Drop what was computed for the last forward pass."""
         self._prefix = None
 
-    def start_question(self) -> None:
-        """The context is complete: the next forward pass is a question, whatever its length."""
+    def start_question(self, verified: int | None = None) -> None:
+        """The context is complete: the next forward pass is a question, whatever its length.
+
+        Args:
+            verified: Tokens of the question, where passes may hold proposed tokens behind it that
+                are only verified (assisted decoding). Their rows are then decoded one by one, and
+                when the cache drops the keys of rejected tokens, so do the states. None where every
+                pass holds what its phase says.
+        """
+        self._question = verified
         self.phase = None
         self._passes = 0
         self._last_layer = len(self.layer_types)
@@ -265,6 +313,7 @@ class Session:
                 del self.layers[layer]
             else:
                 self.layers[layer].restore(snapshot.layers[layer])
+                self.layers[layer].marks.clear()
         self.request_state.clear()
         self.request_state.update(copied(snapshot.request_state))
         self._prefix = None

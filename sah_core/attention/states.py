@@ -31,12 +31,15 @@ class LayerState:
         ended: The end of the prefill has been announced.
         states: State per pipeline step.
         window: The last query rows, where a masker needs them; a new tensor with every call.
+        marks: What was before each row of the last pass, by the keys before that row; only where
+            proposed tokens are verified.
     """
 
     seen: int = 0
     ended: bool = False
     states: dict[int, Any] = attrs.field(factory=dict)
     window: Tensor | None = None
+    marks: dict[int, LayerToken] = attrs.field(factory=dict)
 
     def snapshot(self) -> LayerToken:
         """Remember the present state; costs what the states cannot cut back by length."""
@@ -50,6 +53,14 @@ class LayerState:
             self.states = {}
         for index, state in states.items():
             self.states[index].restore(state)
+
+    def take_back(self, held: int) -> None:
+        """Forget the rows of the last pass whose keys are not among the ``held`` that the cache
+        still has.
+        """
+        if held in self.marks:
+            self.restore(self.marks[held])
+        self.marks.clear()
 
 
 @attrs.frozen

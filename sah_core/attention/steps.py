@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from sah_core.inputs import Inputs
+from sah_core.inputs import Inputs, Phase
 from sah_core.mask import Mask
 from sah_core.masker import Masker
 from sah_core.randomness import Random
@@ -56,6 +56,45 @@ def context_only(inputs: Inputs, keys: int) -> Inputs:
         query_position=inputs.query_position[:, :0],
         key_len=keys,
         length=None,
+    )
+
+
+def as_alone(inputs: Inputs, begin: int, end: int, phase: Phase) -> Inputs:
+    """The rows of a call from ``begin`` to ``end`` (exclusive) as a call of their own, which later
+    keys have not reached yet.
+
+    Of a layer with a window, keys that have left that of the first of the rows have left the call.
+    """
+    if (begin, end) == (0, inputs.query_len):
+        return attrs.evolve(inputs, phase=phase)
+    stop, start = inputs.capacity - inputs.query_len + end, 0
+    if inputs.layer_type != "full_attention" and inputs.allowed.keep is None:
+        start = min(row[begin if len(row) > 1 else 0] for row in inputs.allowed.bounds[0])
+    memo, place = inputs.allowed.memo, ("alone", begin, end)
+    if place not in memo:  # every layer that shares the limits asks
+        allowed = inputs.allowed.rows(begin, end)
+        if allowed.keep is not None:
+            allowed = attrs.evolve(allowed, keep=allowed.keep[..., :stop])
+        if start:
+            allowed = attrs.evolve(
+                allowed,
+                start=allowed.start - start,
+                stop=allowed.stop - start,
+                first=(allowed.first - start).clamp(min=0),
+                known_first=None,
+                known_bounds=None,
+            )
+        memo[place] = allowed
+    return attrs.evolve(
+        inputs,
+        query=inputs.query[:, :, begin:end],
+        key=inputs.key[:, :, start:stop],
+        value=inputs.value[:, :, start:stop],
+        allowed=memo[place],
+        key_len=stop - start,
+        length=None,
+        query_position=None,
+        phase=phase,
     )
 
 

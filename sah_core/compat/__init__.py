@@ -11,6 +11,7 @@ from sah_core.compat.cache import (
     restore_cache,
     snapshot_cache,
     window_of,
+    without_cached,
 )
 from sah_core.compat.capture import Capture
 from sah_core.compat.interface import (
@@ -32,7 +33,9 @@ from sah_core.compat.models import (
     devices_of,
     input_device,
     layer_types,
+    takes_tokens_back,
     text_config,
+    vocabulary_size,
 )
 
 __all__ = [
@@ -61,6 +64,9 @@ __all__ = [
     "run_attention",
     "set_implementation",
     "snapshot_cache",
+    "takes_tokens_back",
     "text_config",
+    "vocabulary_size",
     "window_of",
+    "without_cached",
 ]

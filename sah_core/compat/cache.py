@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sah_core.compat.models import text_config
+from sah_core.compat.models import cache_argument, text_config
 from sah_core.errors import UnsupportedError
 
 
@@ -119,6 +120,39 @@ def restore_cache(kv_cache: Any, tokens: list[Any]) -> None:
             kv_cache.layers[index] = copy.copy(token)
         else:
             kv_cache.layers[index] = copy.deepcopy(token)
+
+
+@contextmanager
+def without_cached(model: Any, kv_cache: Any, prompt_tokens: int) -> Iterator[None]:
+    """Keep assisted decoding from reading again what a cache holds.
+
+    Its first pass takes the whole prompt and the first proposals (seen up to transformers 5.24),
+    where plain decoding takes the tokens behind the cached ones.
+
+    Args:
+        model: The model.
+        kv_cache: The cache; the first pass over it is the one.
+        prompt_tokens: Tokens of the whole prompt.
+    """
+    argument = cache_argument(type(model).forward)
+    held = [int(kv_cache.get_seq_length())]
+
+    def cut(module: Any, arguments: Any, named: dict[str, Any]) -> Any:
+        if not held or named.get(argument) is not kv_cache:
+            return None
+        cached = held.pop()
+        if named["input_ids"].shape[1] < prompt_tokens:
+            return None
+        new = {"input_ids": named["input_ids"][:, cached:]}
+        if named.get("position_ids") is not None:
+            new["position_ids"] = named["position_ids"][..., cached:]
+        return arguments, {**named, **new}
+
+    hook = model.register_forward_pre_hook(cut, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def cached_tensors(kv_cache: Any) -> Iterator[tuple[int, Tensor, Tensor]]:

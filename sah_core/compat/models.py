@@ -71,6 +71,20 @@ def input_device(model: Any) -> torch.device:
     return torch.device("cpu" if placed is None else placed)
 
 
+def vocabulary_size(model: Any) -> int:
+    """Tokens that a model tells apart."""
+    return int(text_config(model).vocab_size)
+
+
+def takes_tokens_back(model: Any) -> bool:
+    """Whether the cache of a model can drop the last tokens again: linear layers have mixed them
+    into what they keep.
+    """
+    return not getattr(model, "_is_stateful", False) and not any(
+        "linear" in kind or kind in ("mamba", "conv") for kind in layer_types(model)
+    )
+
+
 def caches_latents(model: Any) -> bool:
     """Whether what a model caches is not what its attention sees (multi-head latent attention, in
     newer transformers).

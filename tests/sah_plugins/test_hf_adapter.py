@@ -550,9 +550,9 @@ def test_settings_of_the_checkpoint_do_not_make_the_default_sample(models, make)
     "options",
     [
         {"num_return_sequences": 2},
-        {"max_length": 20},
-        {"return_dict_in_generate": True},
-        {"prompt_lookup_num_tokens": 3},
+        {"cache_implementation": "static"},
+        {"output_scores": True},
+        {"token_healing": True},
         {"attention_mask": torch.ones(1, 3)},
         {"maxnewtokens": 3},
         {"max_new_token": 3},

@@ -242,8 +242,8 @@ def test_an_end_at_which_a_stop_string_ends_too_counts_as_eos(make):
     [
         ({"temprature": 1.0}, "'temprature' is not known; did you mean 'temperature'?"),
         ({"nonsense": 1}, "'nonsense' is not known"),
-        ({"max_length": 30}, "use max_new_tokens"),
-        ({"token_healing": True}, "end of the prompt"),
+        ({"use_cache": False}, "a cache that the adapter keeps"),
+        ({"token_healing": True}, "tokenises it anew"),
         ({"num_return_sequences": 2}, "needs do_sample=True"),
         ({"num_return_sequences": 4, "num_beams": 3}, "or as many num_beams"),
         ({"num_return_sequences": 4, "num_beams": 3, "do_sample": True}, "as many num_beams"),

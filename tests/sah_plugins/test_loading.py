@@ -203,7 +203,7 @@ def test_a_hub_id_is_used_as_given():
 
 
 def test_an_absent_hub_id_is_one_line_without_waiting_for_the_network(monkeypatch, alias):
-    monkeypatch.setattr(loading, "_hub_in_reach", lambda: False)
+    monkeypatch.setattr(loading, "hub_in_reach", lambda: False)
     with pytest.raises(ModelNotFoundError, match="local hub cache lacks it") as error:
         load_model("nobody/absent-model")
     assert "\n" not in str(error.value)
@@ -211,7 +211,7 @@ def test_an_absent_hub_id_is_one_line_without_waiting_for_the_network(monkeypatc
 
 
 def test_a_name_is_checked_without_loading_the_model(monkeypatch, alias, folder):
-    monkeypatch.setattr(loading, "_hub_in_reach", lambda: False)
+    monkeypatch.setattr(loading, "hub_in_reach", lambda: False)
     monkeypatch.setattr(loading, "_from_pretrained", None)
     loading.check_name(str(folder))
     loading.check_name("tiny-alias")
@@ -222,7 +222,7 @@ def test_a_name_is_checked_without_loading_the_model(monkeypatch, alias, folder)
 
 
 def test_a_misspelt_alias_is_answered_with_the_nearest(monkeypatch, alias):
-    monkeypatch.setattr(loading, "_hub_in_reach", lambda: False)
+    monkeypatch.setattr(loading, "hub_in_reach", lambda: False)
     with pytest.raises(ModelNotFoundError, match="did you mean 'tiny-alias'"):
         load_model("tiny-alais")
 
@@ -234,13 +234,13 @@ def test_the_hub_is_out_of_reach_offline_or_if_its_name_does_not_resolve(monkeyp
         raise socket.gaierror("Name or service not known")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert not loading._hub_in_reach()
+    assert not loading.hub_in_reach()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(loading, "getproxies", dict)
     monkeypatch.setattr(loading.socket, "getaddrinfo", unknown)
-    assert not loading._hub_in_reach()
+    assert not loading.hub_in_reach()
     monkeypatch.setattr(loading, "getproxies", lambda: {"https": "http://proxy:3128"})
-    assert loading._hub_in_reach()
+    assert loading.hub_in_reach()
 
 
 def test_a_folder_that_transformers_cannot_load_is_one_line(tmp_path):

@@ -5,6 +5,8 @@ pipelines on it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, ClassVar
 
 import attrs
@@ -13,12 +15,12 @@ import torch
 from sah_core import Pipeline, Request, Response, compat
 from sah_core.attention import Session
 from sah_core.errors import ParameterError, RequestError
-from sah_core.patching import use
+from sah_core.patching import set_apart, use
 from sah_core.probing import check_padding
 from sah_core.requests import AnswerDetail, Likelihood
 from sah_core.selection import overflow_rows
 
-from .answers import answer_detail, new_tokens
+from .answers import answer_detail, new_tokens, row_of
 from .captured import CapturedDecode
 from .generation import Generation, Watch, check_options, generation_options, seeded
 from .loading import Loaded, check_name, load_model
@@ -144,6 +146,7 @@ class HuggingFaceAdapter(Reader):
         """
         # what is wrong with the options should be said before the expensive part
         generation = generation_options(self.model, self.tokenizer, generation_kwargs)
+        refuse(self.pipeline, generation, self.model, 1)
         prefilled = self.prefill(
             request,
             request_kwargs,
@@ -173,7 +176,7 @@ class HuggingFaceAdapter(Reader):
             requests: Contexts and questions, of any lengths and numbers.
             generation_kwargs: As for `process_request`. Draws of a row depend on the other rows.
             request_kwargs: As for `process_request`, the same for all.
-            batch_size: Contexts that are read together.
+            batch_size: Contexts that are read together; assisted generation takes one at a time.
             observers: Objects with observer hooks. They see whole batches, rows that idle or have
                 ended included.
 
@@ -183,6 +186,8 @@ class HuggingFaceAdapter(Reader):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ParameterError("request", "batch_size", batch_size, "an integer >= 1")
         generation = generation_options(self.model, self.tokenizer, generation_kwargs)
+        refuse(self.pipeline, generation, self.model, 1)
+        batch_size = 1 if generation.assisted else batch_size
         responses: list[Response] = []
         for begin in range(0, len(requests), batch_size):
             prefilled = self.prefill_batch(
@@ -322,12 +327,14 @@ class HuggingFaceAdapter(Reader):
         """
         parsed = self.pipeline if pipeline is None else Pipeline.parse(pipeline)
         generation = generation_options(self.model, self.tokenizer, generation_kwargs)
-        refuse_beams(parsed, generation)
+        refuse(parsed, generation, self.model, len(prefilled.rows))
+        generation = self._with_assistant(generation)
         rows = prefilled.rows
         asked = [range(len(row.prompts)) for row in rows] if indices is None else indices
         for row, chosen in zip(rows, asked, strict=True):
             for index in chosen:
-                self._check_length(len(row.prompts[index].ids), generation.new_tokens)
+                tokens = len(row.prompts[index].ids)
+                self._check_length(tokens, generation.behind(tokens).new_tokens)
         state = self._state(prefilled, parsed)
         session = self._watched(state.session, observers)
         state = attrs.evolve(state, session=session)
@@ -339,8 +346,9 @@ class HuggingFaceAdapter(Reader):
                 context_tokens=max(p.context_tokens for p in row.prompts),
             )
         details: dict[tuple[int, int], AnswerDetail] = {}
-        for together in rounds(rows, asked):
-            made = self._generate(prefilled, state, together, generation)
+        for together in rounds(rows, asked, whole=generation.counts_prompt):
+            tokens = together.prompt_tokens(rows)
+            made = self._generate(prefilled, state, together, generation.behind(tokens))
             for number, (asks, detail) in enumerate(zip(together.asked, made, strict=True)):
                 if asks is not None and detail is not None:
                     details[number, asks] = detail
@@ -482,6 +490,40 @@ class HuggingFaceAdapter(Reader):
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         return CapturedDecode(self.model, live, prefilled.cache, token, room=room)
 
+    def _with_assistant(self, generation: Generation) -> Generation:
+        """The generation with its assistant loaded, its tokenizers beside it where they differ.
+
+        Raises:
+            ModelNotFoundError: If its name leads nowhere.
+            RequestError: If it speaks another vocabulary and its tokenizer is not known.
+        """
+        assistant = generation.assistant
+        if assistant is None or assistant.model is None:
+            return generation
+        if isinstance(assistant.model, str):
+            name = assistant.model
+            if name not in self._assistants:
+                self._assistants[name] = load_model(
+                    name, device=self.device, dtype=self.model.dtype
+                )
+            loaded = self._assistants[name]
+            tokenizer = assistant.tokenizer or loaded.tokenizer
+            assistant = attrs.evolve(assistant, model=loaded.model, tokenizer=tokenizer)
+        if not compat.takes_tokens_back(assistant.model):
+            raise RequestError(
+                f"{type(assistant.model).__name__} cannot be an assistant_model: its linear layers "
+                "cannot take rejected tokens back"
+            )
+        options = {**generation.options, "assistant_model": assistant.model}
+        if compat.vocabulary_size(assistant.model) != compat.vocabulary_size(self.model):
+            if assistant.tokenizer is None:
+                raise RequestError(
+                    "the assistant_model has another vocabulary; give its assistant_tokenizer"
+                )
+            options["tokenizer"] = assistant.target_tokenizer or self.tokenizer
+            options["assistant_tokenizer"] = assistant.tokenizer
+        return attrs.evolve(generation, assistant=assistant, options=options)
+
     def _generate(
         self,
         prefilled: Prefilled,
@@ -508,25 +550,43 @@ class HuggingFaceAdapter(Reader):
         draws: list[list[list[tuple[tuple[int, ...], str]]]] = []
         first_token: float | None = None
         overflowed = 0
+        verified = len(prompts[0]) - context if generation.assisted else None
+        arguments = {**generation.options, **negative_prompt(generation, ids)}
+        outputs = []
         with seeded(generation.seed, self.devices):
             for _ in range(generation.draws):
                 idle = () if generation.beams > 1 else together.idle
-                watch = Watch(elapsed, generation.stops, idle)
+                watch = Watch(elapsed, generation.stops, idle, length=ids.shape[1])
                 resumed = self._resumed(prefilled, state, extra, prefilled.width, padding)
-                with resumed as session, use(self.model, session), compat.left_padding(padding):
-                    session.start_question()
+                with ExitStack() as stack:
+                    session = stack.enter_context(resumed)
+                    stack.enter_context(use(self.model, session))
+                    stack.enter_context(compat.left_padding(padding))
+                    session.start_question(verified)
                     kv_cache = prefilled.cache
                     if generation.beams > 1:
                         kv_cache = compat.repeated_cache(kv_cache, generation.beams)
+                    if generation.guided or generation.assistant is not None:
+                        beside = state.session.pipeline if generation.guided else Pipeline.dense()
+                        fresh = partial(Session, beside, self.layer_types)
+                        stack.enter_context(set_apart(self.model, kv_cache, fresh))
+                    if generation.assisted:
+                        whole = ids.shape[1]
+                        stack.enter_context(compat.without_cached(self.model, kv_cache, whole))
+                    if generation.assistant is not None:
+                        stack.enter_context(generation.assistant.drafting(self.model))
                     output = self.model.generate(
                         ids,
                         attention_mask=real,
                         stopping_criteria=[watch],
                         **{self._cache_argument: kv_cache},
-                        **generation.options,
+                        **arguments,
                     )
                     overflowed += overflow_rows(session.request_state)
-                draws.append(new_tokens(output, ids, watch, generation))
+                sequences = getattr(output, "sequences", output)
+                if sequences is not output:
+                    outputs.append(output)
+                draws.append(new_tokens(sequences, ids, watch, generation))
                 first_token = watch.first_token if first_token is None else first_token
         seconds = elapsed()
         times = {
@@ -540,11 +600,12 @@ class HuggingFaceAdapter(Reader):
             if index is None:
                 details.append(None)
                 continue
-            sequences = [sequence for draw in draws for sequence in draw[number]]
+            made = [sequence for draw in draws for sequence in draw[number]]
             detail = answer_detail(
                 self.tokenizer,
                 row.prompts[index],
-                sequences,
+                made,
+                outputs=tuple(row_of(output, number, len(rows)) for output in outputs),
                 batch=len(rows),
                 overflow_rows=overflowed,
                 backends=tuple(sorted(state.session.backends_used)),
@@ -568,13 +629,61 @@ def request_options(request_kwargs: Mapping[str, Any] | None) -> tuple[dict[str,
     return options, chunk
 
 
-def refuse_beams(pipeline: Pipeline, generation: Generation) -> None:
-    """Refuse beam search where a masker's state would have to follow the beams."""
-    if generation.beams == 1:
-        return
+def refuse(pipeline: Pipeline, generation: Generation, model: Any, batch: int) -> None:
+    """Refuse ways to generate in which the states of a pipeline's maskers could not follow, or that
+    transformers has for a single sequence only.
+
+    Raises:
+        RequestError: With the option and what stands in its way.
+    """
+    custom = "custom_generate" in generation.options
     for step in pipeline.steps:
-        if step.is_stateful() or step.capabilities.shares_layers:
+        name, shares = step.name, step.capabilities.shares_layers
+        if generation.beams > 1 and (step.is_stateful() or shares):
             raise RequestError(
-                f"generation option 'num_beams' is not supported with masker {step.name!r}: its "
+                f"generation option 'num_beams' is not supported with masker {name!r}: its "
                 "state belongs to one sequence and cannot follow beams; use num_beams=1"
             )
+        if custom and (step.is_stateful() or shares):
+            raise RequestError(
+                f"generation option 'custom_generate' is not supported with masker {name!r}: its "
+                "state cannot follow a loop that may reorder sequences or take tokens back"
+            )
+        if generation.assisted and shares:
+            raise RequestError(
+                f"assisted generation is not supported with masker {name!r}: what its layers hand "
+                "each other belongs to one token, and several are verified at once"
+            )
+    if generation.options.get("output_attentions") and not pipeline.is_dense:
+        raise RequestError(
+            f"generation option 'output_attentions' is not supported with '{pipeline.text}': no "
+            "matrix of attention weights is made; use metrics such as mass, or an observer"
+        )
+    if generation.assisted and batch > 1:
+        raise RequestError(
+            f"assisted generation takes one context at a time, not {batch}; use batch_size=1"
+        )
+    if generation.assisted and not compat.takes_tokens_back(model):
+        raise RequestError(
+            f"assisted generation is not supported with {type(model).__name__}: its linear layers "
+            "cannot take rejected tokens back"
+        )
+
+
+def negative_prompt(generation: Generation, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The negative prompt of guidance for every row of a batch.
+
+    Raises:
+        RequestError: If it is not one sequence of tokens.
+    """
+    made = {}
+    for name, given in generation.negative.items():
+        tokens = torch.as_tensor(given, dtype=torch.long, device=ids.device)
+        tokens = tokens.unsqueeze(0) if tokens.dim() == 1 else tokens
+        if tokens.dim() != 2 or tokens.shape[0] != 1 or not tokens.numel():
+            raise RequestError(
+                f"generation option {name!r} has shape {tuple(tokens.shape)}; expected the tokens "
+                "of one sequence"
+            )
+        made[name] = tokens.expand(ids.shape[0], -1)
+    return made

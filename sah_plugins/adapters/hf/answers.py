@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,9 @@ from sah_core.requests import AnswerDetail, Generated
 
 from .generation import Generation, Watch
 from .prompts import Prompt
+
+CACHE = ("cache", "past_key_values")
+"""Names of the cache in model outputs."""
 
 
 def new_tokens(
@@ -59,6 +62,29 @@ def ended(
         while tokens and tokens[-1] == filler:
             tokens = tokens[:-1]
     return tokens, "length" if len(tokens) >= generation.new_tokens else "stop"
+
+
+def row_of(output: Any, row: int, rows: int) -> Any:
+    """What ``generate`` returned about one of the rows that ran together, without the cache, which
+    goes on to the next question.
+
+    Args:
+        output: A model output, or a part of one; the first dimension of its tensors holds equally
+            many entries of every row.
+        row: The row.
+        rows: Rows that ran together.
+    """
+    if isinstance(output, Tensor):
+        each = output.shape[0] // rows
+        return output[row * each : (row + 1) * each]
+    if isinstance(output, Mapping):
+        parts = {
+            name: row_of(part, row, rows) for name, part in output.items() if name not in CACHE
+        }
+        return type(output)(**parts)
+    if isinstance(output, tuple):
+        return tuple(row_of(part, row, rows) for part in output)
+    return output
 
 
 def answer_detail(

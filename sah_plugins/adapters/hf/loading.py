@@ -112,7 +112,7 @@ def _load(
     location = source.location
     if source.kind == "gguf":
         location = str(converted_folder(Path(location)))
-    local_only = source.kind != "hub" or not _hub_in_reach()
+    local_only = source.kind != "hub" or not hub_in_reach()
     for kwargs in (model_kwargs, tokenizer_kwargs):
         if local_only:
             kwargs["local_files_only"] = True
@@ -184,7 +184,7 @@ def check_name(name: str) -> None:
         return
     from transformers.utils import cached_file
 
-    kwargs: dict[str, Any] = {} if _hub_in_reach() else {"local_files_only": True}
+    kwargs: dict[str, Any] = {} if hub_in_reach() else {"local_files_only": True}
     try:
         with quiet_transformers():
             cached_file(source.location, "config.json", revision=source.revision, **kwargs)
@@ -259,7 +259,7 @@ def _absent_from_hub(
     return ModelNotFoundError(name, reason, hint)
 
 
-def _hub_in_reach() -> bool:
+def hub_in_reach() -> bool:
     """Whether asking the hub makes sense.
 
     Without a network, transformers retries every file for 23 s before it looks into its cache.

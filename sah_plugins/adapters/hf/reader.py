@@ -28,6 +28,7 @@ class Reader:
         compat.keep_softcap(self.model)
         self.tokenizer: Any = loaded.tokenizer
         self.layer_types = compat.layer_types(self.model)
+        self._assistants: dict[str, Loaded] = {}
         self.devices = compat.devices_of(self.model)
         self._cache_argument = compat.cache_argument(type(self.model).forward)
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 import attrs
 
 from .prefilled import Row
-from .prompts import Prompt
 
 
 @attrs.frozen
@@ -35,6 +34,11 @@ class Round:
         """Rows without a question, which run along for nothing."""
         return tuple(row for row, index in enumerate(self.asked) if index is None)
 
+    def prompt_tokens(self, rows: Sequence[Row]) -> int:
+        """Tokens of the longest prompt, padding not included."""
+        pairs = zip(rows, self.asked, strict=True)
+        return max(len(row.prompts[index].ids) for row, index in pairs if index is not None)
+
     def tokens(self, rows: Sequence[Row], filler: int) -> list[list[int]]:
         """The whole prompt of every row, left-padded, as long as each other."""
         made = []
@@ -48,29 +52,35 @@ class Round:
         return made
 
 
-def rounds(rows: Sequence[Row], indices: Sequence[Sequence[int]]) -> Iterator[Round]:
+def rounds(
+    rows: Sequence[Row], indices: Sequence[Sequence[int]], *, whole: bool = False
+) -> Iterator[Round]:
     """Group questions by length, as many rows at once as possible.
 
     Args:
         rows: The contexts.
         indices: The questions to be asked of each; of a single context in this order.
+        whole: The whole prompts must have one length too, for options that count it.
     """
+
+    def lengths_of(row: Row, index: int) -> tuple[int, int, int]:
+        prompt = row.prompts[index]
+        inside = prompt.context_tokens - row.shared
+        behind = len(prompt.ids) - prompt.context_tokens
+        return inside, behind, len(prompt.ids) if whole else 0
+
     waiting = [list(row) for row in indices]
     while any(waiting):
         lengths = Counter(
             length
             for row, left in zip(rows, waiting, strict=True)
-            for length in dict.fromkeys(_lengths(row, row.prompts[i]) for i in left)
+            for length in dict.fromkeys(lengths_of(row, i) for i in left)
         )
         chosen = max(lengths, key=lambda length: lengths[length])
         asked: list[int | None] = []
         for row, left in zip(rows, waiting, strict=True):
-            fitting = [i for i in left if _lengths(row, row.prompts[i]) == chosen]
+            fitting = [i for i in left if lengths_of(row, i) == chosen]
             asked.append(fitting[0] if fitting else None)
             if fitting:
                 left.remove(fitting[0])
-        yield Round(tuple(asked), *chosen)
-
-
-def _lengths(row: Row, prompt: Prompt) -> tuple[int, int]:
-    return prompt.context_tokens - row.shared, len(prompt.ids) - prompt.context_tokens
+        yield Round(tuple(asked), *chosen[:2])
