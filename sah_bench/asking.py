@@ -137,8 +137,11 @@ class Asking:
             SahError: The model cannot be had, or dense attention cannot answer.
         """
         plan = self.plan
-        self.tell(f"loading {plan.model}")
         adapter = registry.adapters[plan.adapter]
+        check = getattr(adapter, "check_generation", None)
+        if check is not None:
+            check(plan.generation)
+        self.tell(f"loading {plan.model}")
         self.adapter: Any = adapter(plan.model, device=plan.device, dtype=plan.dtype)
         self._warm_up()
         self.tell("reading the context")

@@ -237,13 +237,21 @@ def _generation(values: Values, adapter: str) -> dict[str, Any]:
         raise place.error(
             f"{short_repr(value)} is not allowed: expected a mapping of generation arguments."
         )
-    if "max_new_tokens" in value:
-        raise place.error("max_new_tokens does not stand here: write it beside 'generation'.")
+    named = registry.adapters[adapter] if value else None
+    spread = getattr(named, "plain_generation", None)
+    if spread is not None:
+        # a file that is named may change: what it says is part of what a result is
+        with place.naming_errors():
+            value = spread(value)
+    for name in ("max_new_tokens", "max_length"):
+        if name in value:
+            hint = "write max_new_tokens beside 'generation'"
+            raise place.error(f"{name} does not stand here: {hint}.")
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise place.error(f"the values must be plain data: {error}.") from error
-    check = getattr(registry.adapters[adapter], "check_generation", None) if value else None
+    check = getattr(named, "check_generation", None)
     if check is not None:
         with place.naming_errors():
             check(value)

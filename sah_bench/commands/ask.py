@@ -170,8 +170,8 @@ def _generation(settings: tuple[str, ...]) -> dict[str, Any]:
             raise click.UsageError(
                 f"--generation {setting!r}: expected name=value, such as temperature=0.7"
             )
-        if name.strip() == "max_new_tokens":
-            raise click.UsageError("--generation max_new_tokens: give --max-new-tokens")
+        if name.strip() in ("max_new_tokens", "max_length"):
+            raise click.UsageError(f"--generation {name.strip()}: give --max-new-tokens")
         found[name.strip()] = value
     if "temperature" in found or "top_p" in found or "top_k" in found:
         found.setdefault("do_sample", True)

@@ -127,6 +127,12 @@ def test_a_pipeline_that_fails_leaves_the_others(fakes):
         (["--adapter", "fke"], {}, "no adapter named 'fke'"),
         (["--generation", "hot"], {}, "--generation 'hot': expected name=value"),
         (["--generation", "max_new_tokens=3"], {}, "give --max-new-tokens"),
+        (["--generation", "max_length=30"], {}, "max_length: give --max-new-tokens"),
+        (
+            ["--adapter", "hf", "--generation", "temp=1"],
+            {},
+            "generation option 'temp' is not known; did you mean 'temperature'?",
+        ),
         (["--max-new-tokens", "0"], {}, "0 is not in the range x>=1"),
         (["--truncation", "tail"], {}, "'tail' is not one of 'none', 'middle', 'head'"),
         (["--model", "missing"], {}, "model 'missing' not found"),

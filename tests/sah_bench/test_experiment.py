@@ -148,6 +148,16 @@ def test_mistakes_in_a_file_are_named_with_their_place(document, key, value, mes
     assert error(document).startswith(message)
 
 
+def test_what_a_generation_config_says_is_part_of_the_experiment(document, tmp_path):
+    (tmp_path / "careful.json").write_text('{"do_sample": true, "temperature": 0.5}')
+    named = {"generation_config": str(tmp_path / "careful.json"), "top_p": 0.9}
+    document |= {"adapter": "hf", "generation": named}
+    found = read(document).generation
+    assert found == {"do_sample": True, "temperature": 0.5, "top_p": 0.9}
+    (tmp_path / "careful.json").write_text('{"max_length": 30}')
+    assert "generation: max_length does not stand here" in error(document)
+
+
 def test_an_adapter_says_what_is_wrong_with_generation_arguments(document):
     document |= {"adapter": "hf", "generation": {"temprature": 0.5}}
     assert error(document) == (

@@ -22,7 +22,7 @@ from sah_core.selection import overflow_rows
 
 from .answers import answer_detail, new_tokens, row_of
 from .captured import CapturedDecode
-from .generation import Generation, Watch, check_options, generation_options, seeded
+from .generation import Generation, Watch, check_options, generation_options, merged, seeded
 from .loading import Loaded, check_name, load_model
 from .prefilled import ContextState, Prefilled, padded_rows
 from .prompts import build_prompts
@@ -96,6 +96,18 @@ class HuggingFaceAdapter(Reader):
             ParameterError: For a value that is out of range.
         """
         check_options(generation_kwargs)
+
+    @classmethod
+    def plain_generation(cls, generation_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The options with the content of a ``generation_config`` in the place of its name.
+
+        Args:
+            generation_kwargs: As for `process_request`; not changed.
+
+        Raises:
+            RequestError: If the config cannot be read.
+        """
+        return merged(generation_kwargs or {})
 
     @classmethod
     def check_model(cls, model_name: str) -> None:
