@@ -157,7 +157,7 @@ class Session:
         if keeps and layer_type != "full_attention":
             raise UnsupportedError(
                 what=f"verifying proposed tokens in layer {layer} ({layer_type})",
-                reason="what a masker keeps of them cannot be taken back where the cache drops keys",
+                reason="what a masker keeps of them cannot be taken back where a cache drops keys",
             )
         held = inputs.capacity - rows
         if layer in self.layers:
