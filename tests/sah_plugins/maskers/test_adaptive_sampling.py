@@ -216,6 +216,24 @@ def test_the_two_sided_bound_is_kept_on_gaussian_logits(calls, sigma, epsilon, d
     assert float(within) >= 1 - delta - 3 * error
 
 
+@pytest.mark.parametrize("cautious", [True, False])
+@pytest.mark.parametrize(("bound", "epsilon"), [("numerator", 0.3), ("attention", 0.8)])
+def test_the_bounds_of_numerator_and_attention_are_kept_on_gaussian_logits(
+    calls, bound, epsilon, cautious
+):
+    logits = torch.randn(1000, generator=torch.Generator().manual_seed(4)) * 0.5
+    delta, count = 0.1, 2000
+    masker = AdaptiveSampling(epsilon=epsilon, delta=delta, bound=bound, cautious=cautious)
+    draws = calls.Draws((masker,), logits, draws=count)
+    assert draws.included.double().mean() < 0.5
+    found, exact = draws.numerators(), draws.weight @ draws.value
+    if bound == "attention":
+        found, exact = found / draws.denominators().unsqueeze(1), exact / draws.weight.sum()
+    within = ((found - exact).norm(dim=1) <= epsilon * exact.norm()).double().mean()
+    error = (delta * (1 - delta) / count) ** 0.5
+    assert float(within) >= 1 - delta - 3 * error
+
+
 def test_the_expansion_of_students_quantile_is_close_to_the_tables():
     degrees = torch.tensor([5.0, 10.0, 30.0, 1e9])
     found = student_quantile(NormalDist().inv_cdf(0.975), degrees)
