@@ -42,11 +42,12 @@ if TYPE_CHECKING:
     from .measure import AttentionMetric
     from .metric import Metric, MetricCall
     from .ops import Ops
-    from .parameters import Search, Size, param
+    from .parameters import Size, param
     from .patching import attach
     from .pipeline import Pipeline
     from .requests import Request, Response, Turn
     from .scorer import Scorer
+    from .search import Search
 
 __all__ = [
     "Allowed",
@@ -120,7 +121,7 @@ _MODULES = {
     "Request": "requests",
     "Response": "requests",
     "Scorer": "scorer",
-    "Search": "parameters",
+    "Search": "search",
     "Selected": "mask",
     "Size": "parameters",
     "TaskInfo": "benchmark",
