@@ -20,6 +20,7 @@ from sah_core.errors import (
     PluginFileError,
     SahError,
     UnknownPluginError,
+    UnsupportedError,
     nearest_names,
     one_line,
 )
@@ -143,7 +144,8 @@ def _checks(plugin: Any) -> list[CheckResult]:
 def _instances(what: str, folder: Path) -> list[Masker | Benchmark]:
     """The instances to check; files of examples go into the folder."""
     kinds: dict[str, Kind[Any]] = {"masker": registry.maskers, "benchmark": registry.benchmarks}
-    if what.endswith(".py"):
+    is_path = "/" in what.partition("(")[0] or Path(what).is_file()
+    if what.endswith(".py") or is_path:
         loaded = [entry for entry in registry.load_file(what) if entry.kind in kinds]
         if not loaded:
             raise PluginFileError(
@@ -152,6 +154,12 @@ def _instances(what: str, folder: Path) -> list[Masker | Benchmark]:
         return [kinds[entry.kind][entry.id].example(folder) for entry in loaded]
     name = what.partition("(")[0].strip()
     is_benchmark = name in registry.benchmarks and name not in registry.maskers
+    others = [one.singular for one in registry.kinds() if one.singular not in kinds]
+    owner = next((one for one in others if _knows(_kind(one), name)), None)
+    if owner is not None and not any(_knows(kind, name) for kind in kinds.values()):
+        raise UnsupportedError(
+            f"checking the {owner} {name!r}", "there are checks for maskers and benchmarks only"
+        )
     if _STEP_NAME.fullmatch(what):
         return [kinds["benchmark" if is_benchmark else "masker"][what].example(folder)]
     if is_benchmark:
@@ -160,7 +168,9 @@ def _instances(what: str, folder: Path) -> list[Masker | Benchmark]:
         return [benchmark_of(what)]
     from sah_core.pipeline import Pipeline
 
-    return list(Pipeline.parse(what).steps)
+    pipeline = Pipeline.parse(what)
+    pipeline.check_artifacts()
+    return list(pipeline.steps)
 
 
 def _print_results(plugin: Masker | Benchmark, results: list[CheckResult]) -> None:

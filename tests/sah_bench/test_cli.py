@@ -323,6 +323,13 @@ def test_check_of_a_file_says_what_to_change_and_exits_with_1(tmp_path):
         ("snik", "error: no masker named 'snik'. did you mean 'sink'?"),
         ("sink(3", "error: pipeline 'sink(3': found the end"),
         ("absent.py", "error: cannot load the plugin file"),
+        ("/", "error: cannot load the plugin file '/': it is a folder"),
+        ("./absent", "error: cannot load the plugin file"),
+        ("gather", "error: checking the backend 'gather' is not supported: there are checks for"),
+        (
+            "double-sparsity(sorted_channel_file=absent.json)",
+            "error: artefact 'absent.json': there is no such file",
+        ),
     ],
 )
 def test_check_of_what_is_no_masker_is_bad_input(what, line):
