@@ -78,9 +78,6 @@ def ask(as_json: bool, no_progress: bool, **options: Any) -> None:
         raise click.exceptions.Exit(2 if all(answer.bad_input for answer in failed) else 1)
 
 
-# Reading the command line
-
-
 def _plan(
     *,
     model: str,
@@ -191,9 +188,6 @@ def _progress(*, enabled: bool) -> Iterator[Callable[[str], None]]:
             yield lambda what: status.update(escape(what))
     else:
         yield lambda what: click.echo(f"{what} ...", err=True)
-
-
-# Showing the answers
 
 
 def print_answers(

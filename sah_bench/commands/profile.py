@@ -107,7 +107,7 @@ def profile(
     CUDA-graph replay and wall time, the bytes that must move, the share of the bandwidth limit,
     peak memory. With --model or --model-shape, tokens per second of whole decode steps.
     """
-    from ..profiling import report
+    from ..profiling import plot, report, tables
     from ..profiling.timing import measure_copy
 
     plan = _plan(pipelines, _device(device), rounds, warmup, options)
@@ -130,12 +130,12 @@ def profile(
     if as_json:
         click.echo(json.dumps(content, indent=1))
     else:
-        report.show(setting, rows, str(plan))
+        tables.show(setting, rows, str(plan))
     if output is not None:
         written = report.write(output, content)
         click.echo(f"profile: {written}", err=as_json)
         if not no_plot:
-            click.echo(report.plot(output, setting, rows), err=as_json)
+            click.echo(plot.plot(output, setting, rows), err=as_json)
     if any(row.status in ("failed", "out of memory") for row in rows):
         raise click.exceptions.Exit(1)
 

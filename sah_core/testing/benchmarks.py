@@ -71,9 +71,6 @@ def run_benchmark_checks(
     return run_checks(subject, chosen)
 
 
-# Material
-
-
 def _tasks(benchmark: Benchmark) -> tuple[str, ...]:
     tasks = tuple(benchmark.tasks())
     if not tasks:
@@ -140,9 +137,6 @@ def _likelihood(correct: bool) -> Likelihood:
         context_tokens=4,
         seconds=1.0,
     )
-
-
-# Checks
 
 
 def check_declaration(benchmark: Benchmark) -> None:

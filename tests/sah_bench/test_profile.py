@@ -13,7 +13,8 @@ import torch
 from click.testing import CliRunner
 
 from sah_bench import cli
-from sah_bench.profiling import attention, decode, forms, made_up, report, shapes, timing, traffic
+from sah_bench.profiling import attention, decode, forms, made_up, shapes, tables, timing, traffic
+from sah_bench.profiling.rows import Row
 from sah_core import Allowed, Inputs, Mask, Pipeline, registry
 from sah_core.errors import UnsupportedError
 
@@ -407,8 +408,8 @@ def test_maskers_read_nothing_unless_they_say_so():
 
 
 def test_the_report_module_names_what_runs_in_place_of_what():
-    row = report.Row(shape=shape(), name=ENDS, requested="triton", backend="gather", fallback="no")
-    assert report.ran(row) == "gather for triton"
+    row = Row(shape=shape(), name=ENDS, requested="triton", backend="gather", fallback="no")
+    assert tables.ran(row) == "gather for triton"
 
 
 @pytest.mark.integration
