@@ -1,5 +1,6 @@
 """The backend `triton` in the interpreter, on small tensors, against definitions in float64."""
 
+import contextlib
 import sys
 from importlib.util import find_spec
 
@@ -623,3 +624,31 @@ def test_moments_of_weights_are_those_of_the_reference(ops, weighted):
     right_top, right = REFERENCE.weight_moments(drawn, sure, *more)
     assert torch.equal(top, right_top)
     torch.testing.assert_close(moments, right, rtol=2e-6, atol=0)
+
+
+class Elsewhere:
+    """What lies on the second GPU."""
+
+    device = torch.device("cuda", 1)
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(ops, monkeypatch):
+    entered = []
+
+    @contextlib.contextmanager
+    def device(which):
+        entered.append(which)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    backend = sys.modules["sah_plugins.backends.triton.backend"]
+    assert backend.on_its_device(lambda *args: len(args))(3, Elsewhere(), torch.zeros(1)) == 3
+    assert entered == [Elsewhere.device]
+    assert backend.on_its_device(len)("abc") == 3
+    assert backend.on_its_device(lambda tensor: tensor.sum())(torch.ones(2)) == 2
+    assert len(entered) == 1
+    primitives = [name for name in vars(type(ops)) if not name.startswith("_")]
+    assert "masked_topk" in primitives
+    assert all(hasattr(getattr(type(ops), name), "__wrapped__") for name in primitives)
+    assert hasattr(TritonBackend.attend, "__wrapped__")

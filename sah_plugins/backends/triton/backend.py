@@ -8,9 +8,10 @@ whole group.
 from __future__ import annotations
 
 import os
-from functools import cached_property, lru_cache
+from collections.abc import Callable
+from functools import cached_property, lru_cache, wraps
 from importlib.util import find_spec
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +31,27 @@ def is_interpreted() -> bool:
 def has_triton() -> bool:
     """Whether the package `triton` is installed."""
     return find_spec("triton") is not None
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def on_its_device(function: Function) -> Function:
+    """A function that runs with the device of its first argument that has one as the current one.
+
+    Triton launches on the current device, whatever device the tensors are on; in a model that is
+    spread over several devices that is not the one of every layer.
+    """
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        device = next((a.device for a in args if hasattr(a, "device")), None)
+        if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(*args, **kwargs)
+        with torch.cuda.device(device):
+            return function(*args, **kwargs)
+
+    return cast(Function, run)
 
 
 class TritonBackend(Backend):
@@ -52,6 +74,7 @@ class TritonBackend(Backend):
             return f"no kernels for {problem.device}"
         return refusal(problem)
 
+    @on_its_device
     def attend(self, inputs: Inputs, mask: Mask) -> tuple[Tensor, Tensor]:
         """Compute the attention in one launch."""
         from .attention import attend

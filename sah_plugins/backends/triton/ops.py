@@ -16,7 +16,7 @@ from sah_core.randomness import Random
 from . import buckets, gathered, pages, queries, samples, topk
 from . import labels as codes
 from .attention import MAX_RANGES
-from .backend import DTYPES, is_interpreted
+from .backend import DTYPES, is_interpreted, on_its_device
 
 ROWS = 16
 """Query rows up to which weights are read anew for each row; more are a matrix product."""
@@ -34,6 +34,15 @@ def _hashes(rows: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> bool:
     return takes(rows) and fits and 0 < rows.shape[2] <= ROWS and bool(rows.numel())
 
 
+def _launched_where_tensors_live(cls: type[Ops]) -> type[Ops]:
+    """Wrap every primitive of a class in `on_its_device`."""
+    for name, method in list(vars(cls).items()):
+        if not name.startswith("_") and callable(method):
+            setattr(cls, name, on_its_device(method))
+    return cls
+
+
+@_launched_where_tensors_live
 class TritonOps(Ops):
     """Kernels where there are some."""
 
