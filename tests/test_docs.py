@@ -24,6 +24,25 @@ def test_the_plugin_table_of_the_readme_is_what_the_distribution_registers() -> 
     assert sorted(rows) == sorted(registered)
 
 
+MASKERS = [e.name for e in registry.maskers.entries() if e.distribution == "sparse-attention-hub"]
+
+
+@pytest.mark.parametrize("name", MASKERS)
+def test_every_masker_has_a_page_with_its_parameters_and_their_defaults(name: str) -> None:
+    from sah_core.parameters import specs
+
+    pages = ROOT / "docs" / "maskers"
+    assert f"[{name}]({name}.md)" in (pages / "README.md").read_text()
+    text = (pages / f"{name}.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \|", text, re.M)
+    shown = {parameter: default.strip(" `").lower() for parameter, default in rows}
+    declared = {
+        spec.name: "required" if spec.required else str(spec.to_plain(spec.default)).lower()
+        for spec in specs(registry.maskers[name])
+    }
+    assert shown == declared
+
+
 def test_links_of_the_documentation_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
