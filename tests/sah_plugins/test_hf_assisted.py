@@ -8,10 +8,20 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from sah_core import Capabilities, Masker, Request, hookimpl, registry
+from sah_core import (
+    Allowed,
+    Capabilities,
+    Mask,
+    Masker,
+    Pipeline,
+    Request,
+    hookimpl,
+    registry,
+)
 from sah_core.attention import Session
-from sah_core.errors import RequestError
+from sah_core.errors import RequestError, UnsupportedError
 from sah_core.models import ModelSource
+from sah_core.testing import MODEL
 from sah_plugins.adapters.hf import HuggingFaceAdapter
 from sah_plugins.adapters.hf.loading import Loaded
 
@@ -269,36 +279,75 @@ def test_a_masker_whose_layers_hand_each_other_choices_is_refused(make):
 # The session's part, on plain tensors
 
 
-@pytest.mark.parametrize("pipeline", ["quest(8, page_size=4)", "oracle-top-k(0.3)", "local(0.2)"])
-def test_verified_rows_attend_as_rows_decoded_one_by_one(pipeline):
-    from sah_core import Allowed, Pipeline
-
+def verified_and_one_by_one(pipeline, layer_type="full_attention", window=None):
+    """Outputs of ten tokens that a session verifies in passes of which some rows are rejected, and
+    those of a session that gets them one by one.
+    """
+    heads, kv_heads, dim = MODEL.heads, MODEL.kv_heads, MODEL.head_dim
     generator = torch.Generator().manual_seed(2)
-    query, key, value = (torch.randn(1, 2, 40, 8, generator=generator) for _ in range(3))
+    query = torch.randn(1, heads, 60, dim, generator=generator)
+    right = [torch.randn(1, kv_heads, 60, dim, generator=generator) for _ in range(2)]
+    drafts = [tensor.clone() for tensor in right]
 
-    def run(session, begin, end, keys=(key, value)):
-        allowed = Allowed.causal(end - begin, end)
-        held = [t[:, :, :end] for t in keys]
+    def run(session, begin, end, keys=right):
+        first = 0 if window is None else max(0, begin - window + 1)
+        allowed = Allowed.causal(end - begin, end - first, window=window)
+        held = [tensor[:, :, first:end] for tensor in keys]
         return session.attend(0, query[:, :, begin:end], *held, allowed, 0.3)
 
     def begun(verified=None):
-        session = Session(Pipeline.parse(pipeline), ("full_attention",))
+        session = Session(pipeline, (layer_type,) * MODEL.layers)
         session.start_question(verified)
-        run(session, 20, 24)
+        run(session, 40, 44)
         return session
 
-    one_by_one = begun()
-    expected = torch.cat([run(one_by_one, i, i + 1) for i in range(24, 34)], dim=1)
-    # proposals of which the first two are kept, then none, then all
-    wrong = [t.clone() for t in (key, value)]
-    for tensor in wrong:
-        tensor[:, :, 27:] = 9.0
-    session = begun(verified=4)
-    first = run(session, 24, 30, wrong)
-    torch.testing.assert_close(first[:, :3], expected[:, :3])
-    for tensor in wrong:
-        tensor[:, :, 27] = (key, value)[tensor is wrong[1]][:, :, 27]
-    second = run(session, 27, 31, wrong)
-    torch.testing.assert_close(second[:, :1], expected[:, 3:4])
-    third = run(session, 28, 34)
-    torch.testing.assert_close(third, expected[:, 4:])
+    plain = begun()
+    expected = torch.cat([run(plain, i, i + 1) for i in range(44, 54)], dim=1)
+    session, found = begun(verified=4), []
+    # of five proposals the first two are right, of three none, and then all
+    for begin, end, accepted in ((44, 50, 3), (47, 51, 1), (48, 54, 6)):
+        for tensor, truth in zip(drafts, right, strict=True):
+            tensor[:, :, begin : begin + accepted] = truth[:, :, begin : begin + accepted]
+            tensor[:, :, begin + accepted : end] = 9.0
+        found.append(run(session, begin, end, drafts)[:, :accepted])
+    return torch.cat(found, dim=1), expected
+
+
+@pytest.mark.parametrize("name", registry.maskers.names())
+def test_rows_that_are_verified_attend_as_if_decoded_one_by_one(name, tmp_path):
+    pipeline = Pipeline.of(registry.maskers[name].example(tmp_path))
+    found, expected = verified_and_one_by_one(pipeline)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("text", ["local(0.3)", "oracle-top-k(0.4)", "sink(2) | local(3)"])
+def test_in_a_sliding_layer_they_see_the_keys_of_their_own_window(text):
+    pipeline = Pipeline.parse(f"{text} @ layer_types=[sliding_attention]")
+    found, expected = verified_and_one_by_one(pipeline, "sliding_attention", window=12)
+    torch.testing.assert_close(found, expected)
+
+
+def test_there_a_masker_that_keeps_something_is_refused():
+    pipeline = Pipeline.parse("quest(8, page_size=4) @ layer_types=[sliding_attention]")
+    with pytest.raises(UnsupportedError, match=r"verifying proposed tokens in layer 0 \(sliding"):
+        verified_and_one_by_one(pipeline, "sliding_attention", window=100)
+
+
+def test_the_last_queries_of_rejected_tokens_are_forgotten_too():
+    @attrs.frozen(kw_only=True)
+    class LikeThose(Masker):
+        """Selects the keys that the sum of the last queries, rejected ones left out, likes best."""
+
+        name: ClassVar[str] = "like-those"
+        capabilities: ClassVar[Capabilities] = Capabilities(needs=frozenset({"window_queries"}))
+
+        def add_mask(self, inputs, previous):
+            liked = inputs.window_queries.sum(2, keepdim=True)
+            key = inputs.key.repeat_interleave(inputs.group, dim=1)
+            scores = (liked @ key.transpose(2, 3)).expand(*inputs.shape)
+            limits = {"start": inputs.allowed.start, "stop": inputs.allowed.stop}
+            indices, _ = inputs.ops.masked_topk(scores, 6, **limits)
+            return previous | Mask.from_indices(inputs.shape, indices)
+
+    found, expected = verified_and_one_by_one(Pipeline.of(LikeThose()))
+    torch.testing.assert_close(found, expected)
