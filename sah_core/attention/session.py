@@ -176,6 +176,7 @@ class Session:
     def _attend(self, inputs: Inputs) -> Tensor:
         if self.pipeline.is_sparse(inputs.layer, inputs.layer_type, inputs.phase):
             return self._attend_sparsely(inputs)
+        self._forget_other_text(inputs)
         self.remember(inputs)
         mask = full_mask(inputs)
         backend = self.choice.backend_for(inputs, mask, requested="auto", feedback=False)
@@ -265,14 +266,16 @@ class Session:
 
     def advance(self, inputs: Inputs) -> dict[int, Any]:
         """Show the states of a layer the keys that they have not seen."""
-        kept = self.layers.get(inputs.layer)
-        if kept is not None and kept.seen and inputs.key_len == inputs.query_len:
-            self.reset()  # all keys are new: another text, for which nothing has been kept
-            kept = None
-        if kept is None:
-            kept = self.layers[inputs.layer] = LayerState()
+        self._forget_other_text(inputs)
+        kept = self.layers.setdefault(inputs.layer, LayerState())
         self._upkeep.advance(kept, inputs)
         return kept.states
+
+    def _forget_other_text(self, inputs: Inputs) -> None:
+        """Forget what was kept if all keys of a call are new: they are those of another text."""
+        kept = self.layers.get(inputs.layer)
+        if kept is not None and kept.seen and inputs.key_len == inputs.query_len:
+            self.reset()
 
     def remember(self, inputs: Inputs) -> Inputs:
         """The call with the last query rows up to its own, which are kept for those that follow;

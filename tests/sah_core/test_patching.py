@@ -664,3 +664,50 @@ def test_a_cache_cropped_behind_the_back_of_a_stateful_masker_is_noticed(models,
         kv_cache.crop(-4)
         with pytest.raises(UnsupportedError, match="dropped keys"):
             forward(model, models.tokens(1, 2), kv_cache)
+
+
+# Caches of transformers that are not the adapter's
+
+
+@pytest.mark.parametrize("pipeline", EVERYTHING)
+def test_the_keys_of_a_quantised_cache_are_those_that_it_gives_back(built, models, pipeline):
+    pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    model, ids = built("llama"), models.tokens(1, CONTEXT)
+    # keys are quantised at the end of the context, and again after four more
+    config = {"backend": "quanto", "nbits": 2, "q_group_size": 16, "residual_length": 4}
+    quantised = {"cache_implementation": "quantized", "cache_config": config}
+
+    def new(**more):
+        options = {"max_new_tokens": 10, "pad_token_id": 0, "eos_token_id": [2], **more}
+        return model.generate(ids, **options)[0, CONTEXT:].tolist()
+
+    expected = new(**quantised)
+    assert expected != new()
+    with attach(model, pipeline):
+        assert new(**quantised) == expected
+    with attach(model, "quest(8, page_size=4)"):
+        assert new(**quantised) not in (expected, new())
+
+
+@pytest.mark.parametrize("name", ["static", "sliding_window"])
+def test_a_cache_whose_free_slots_look_like_keys_is_refused(built, models, name):
+    model, ids = built("llama"), models.tokens(1, CONTEXT)
+    with attach(model, "local(4)"), pytest.raises(UnsupportedError, match="fixed length"):
+        model.generate(ids, cache_implementation=name, max_new_tokens=4, pad_token_id=0)
+
+
+@pytest.mark.parametrize("longer", [True, False])
+def test_a_second_text_in_one_block_is_read_as_if_it_were_the_first(built, models, longer):
+    model = built("llama")
+    texts = [models.tokens(1, 20, seed=1), models.tokens(1, 60, seed=2)]
+    first, second = texts if longer else reversed(texts)
+
+    def new(ids):
+        made = model.generate(ids, max_new_tokens=8, pad_token_id=0, eos_token_id=[2])
+        return made[0, ids.shape[1] :].tolist()
+
+    with attach(model, "quest(8, page_size=4)"):
+        expected = new(second)
+    with attach(model, "quest(8, page_size=4)"):
+        new(first)
+        assert new(second) == expected

@@ -82,3 +82,30 @@ def test_a_needle_is_found_densely_and_by_the_oracle_but_not_in_a_window(adapter
         )
         found[pipeline] = example.references[0] in answer.responses
     assert list(found.values()) == [True, False, True]
+
+
+@needs_model
+@pytest.mark.parametrize("pipeline", ["dense", "sink(4) | local(8) | quest(32, page_size=4)"])
+def test_assisted_answers_are_those_without_assistance_and_take_fewer_passes(adapter, pipeline):
+    adapter = HuggingFaceAdapter.of(adapter.loaded, pipeline)
+    request = Request(
+        context="Ann has a red ball, a blue box and a green key. Ben has a red box and a blue key.",
+        questions="Repeat these two sentences word for word.",
+    )
+
+    def run(options):
+        passes = []
+        embeddings = adapter.model.get_input_embeddings()
+        hook = embeddings.register_forward_pre_hook(lambda *call: passes.append(1))
+        try:
+            [detail] = adapter.process_request(request, {"max_new_tokens": 24, **options}).details
+        finally:
+            hook.remove()
+        return detail.token_ids, len(passes)
+
+    plain, alone = run({})
+    found, passes = run({"prompt_lookup_num_tokens": 5})
+    assert found == plain
+    if pipeline == "dense":  # it does repeat the sentences, which can be looked up
+        assert passes < alone
+    assert run({"assistant_model": "smollm2-135m"})[0] == plain
