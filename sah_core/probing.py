@@ -42,7 +42,12 @@ GIVEN = frozenset({"lse", "window_queries"})
 """Optional inputs that a session gives to maskers that declare the need."""
 
 _passed: WeakSet[Any] = WeakSet()
+_read: WeakSet[Any] = WeakSet()
 _padded: WeakSet[Any] = WeakSet()
+
+
+class _ForgetfulCacheError(UnsupportedError):
+    """A cache drops keys that attention may read, however the model is run."""
 
 
 def check_model(model: Any) -> None:
@@ -63,26 +68,71 @@ def check_model(model: Any) -> None:
         with _foreign(model, "a forward pass of token ids alone"), compat.own_attention(model):
             dense = model(input_ids=ids, use_cache=False).logits[0]
         session = Trial(types)
-        kv_cache = compat.make_cache(model, sum(PIECES))
-        argument = compat.cache_argument(type(model).forward)
-        parts, begin = [], 0
         with use(model, session, always=True):
-            for count in PIECES:
-                session.start_pass()
-                piece = ids[:, begin : begin + count]
-                begin += count
-                with _foreign(model, "a forward pass through our attention and a cache"):
-                    output = model(input_ids=piece, use_cache=True, **{argument: kv_cache})
-                parts.append(output.logits[0])
-                session.check_pass(model, kv_cache)
-    pairs = zip(torch.cat(parts).split(PHASES), dense.split(PHASES), strict=True)
-    if max(relative_error(*pair) for pair in pairs) > _tolerance(dense):
+            pieces = _in_pieces(
+                model, ids, "a forward pass through our attention and a cache", session
+            )
+    if _differ(pieces, dense):
         raise _refused(
             model,
             "its logits change when its attention goes through the interface and a cache, so it "
             "does something there that is not known",
         )
     _passed.add(model)
+
+
+def check_reading(model: Any) -> None:
+    """Try a model that is to run dense: whether it reads a text in pieces, on a cache, as at once.
+
+    What `check_model` accepts is fine; of any other model its own attention is tried.
+
+    Args:
+        model: A transformers causal language model.
+
+    Raises:
+        UnsupportedError: If it does not, or its cache is not known.
+    """
+    if model in _passed or model in _read:
+        return
+    try:
+        check_model(model)
+    except _ForgetfulCacheError:
+        raise
+    except UnsupportedError:
+        ids = _tokens(model, sum(PIECES))
+        with torch.no_grad(), evaluating(model), compat.own_attention(model):
+            with _foreign(model, "a forward pass of token ids alone"):
+                dense = model(input_ids=ids, use_cache=False).logits[0]
+            pieces = _in_pieces(model, ids, "a forward pass with a cache")
+        if _differ(pieces, dense):
+            raise _refused(
+                model,
+                "its logits change when a text is read in pieces on a cache, as context, question "
+                "and answer are",
+            ) from None
+        _read.add(model)
+
+
+def _in_pieces(model: Any, ids: Tensor, what: str, trial: Trial | None = None) -> Tensor:
+    """Logits of tokens that come piece by piece on a cache of ours."""
+    kv_cache = compat.make_cache(model, sum(PIECES))
+    argument = compat.cache_argument(type(model).forward)
+    parts = []
+    for piece in ids.split(PIECES, dim=1):
+        if trial is not None:
+            trial.start_pass()
+        with _foreign(model, what):
+            output = model(input_ids=piece, use_cache=True, **{argument: kv_cache})
+        parts.append(output.logits[0])
+        if trial is not None:
+            trial.check_pass(model, kv_cache)
+    return torch.cat(parts)
+
+
+def _differ(found: Tensor, expected: Tensor) -> bool:
+    """Whether the logits of some phase are others."""
+    pairs = zip(found.split(PHASES), expected.split(PHASES), strict=True)
+    return max(relative_error(*pair) for pair in pairs) > _tolerance(expected)
 
 
 def check_padding(model: Any) -> None:
@@ -212,11 +262,11 @@ class Trial(Session):
             window = self.windows.get(layer)
             if kept is not None and (window is None or window > kept):
                 limit = "no window" if window is None else f"a window of {window}"
-                raise _refused(
-                    model,
-                    f"its configuration lets the cache of layer {layer} ({layer_type}) forget all "
-                    f"but {kept} tokens, but its attention has {limit}; correct the configuration "
-                    "(sliding_window, attention_chunk_size, layer_types)",
+                raise _ForgetfulCacheError(
+                    what=_model_class(model),
+                    reason=f"its configuration lets the cache of layer {layer} ({layer_type}) "
+                    f"forget all but {kept} tokens, but its attention has {limit}; correct the "
+                    "configuration (sliding_window, attention_chunk_size, layer_types)",
                 )
 
 
@@ -253,4 +303,8 @@ def _foreign(model: Any, what: str) -> Iterator[None]:
 
 
 def _refused(model: Any, reason: str) -> UnsupportedError:
-    return UnsupportedError(what=f"model class {type(model).__name__}", reason=reason)
+    return UnsupportedError(what=_model_class(model), reason=reason)
+
+
+def _model_class(model: Any) -> str:
+    return f"model class {type(model).__name__}"

@@ -311,7 +311,9 @@ def page():
         "which must be right. What",
         "differs, attends to anything but its own text, keeps a cache whose way back is not known, "
         "or one that forgets what its",
-        "attention may read, is refused. So is a left-padded batch, if padding changes the logits.",
+        "attention may read, is refused. So is a left-padded batch, if padding changes the logits. "
+        "What is refused here may still",
+        "run `dense`, if its own attention reads a text in pieces as at once.",
         "",
         *table(["model", "error"], [[name, refusal(*s)] for name, s in STRANGERS.items()]),
         "",

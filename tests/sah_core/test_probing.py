@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicCache
 
 from sah_core import attach, compat
 from sah_core.errors import PipelineError, UnsupportedError
-from sah_core.probing import check_model, check_padding, relative_error
+from sah_core.probing import check_model, check_padding, check_reading, relative_error
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet")]
 
@@ -234,6 +234,57 @@ def test_a_lack_of_memory_is_no_reason_to_refuse(models):
     model.register_forward_pre_hook(full)
     with pytest.raises(torch.OutOfMemoryError), attach(model, "local(2)"):
         pass
+
+
+# Models that run dense
+
+
+def test_a_model_that_cannot_be_patched_may_still_run_dense():
+    model = other("BloomConfig", hidden_size=16, n_layer=1, n_head=2)
+    check_reading(model)
+    assert "does not go through" in refusal(model)
+
+
+def test_a_model_that_reads_pieces_otherwise_is_refused_even_dense():
+    model = other(
+        "RecurrentGemmaConfig",
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        lru_width=16,
+        initializer_range=0.3,
+    )
+    with pytest.raises(UnsupportedError, match="change when a text is read in pieces on a cache"):
+        check_reading(model)
+
+
+def test_a_model_that_wants_a_cache_of_its_own_is_refused_in_one_line():
+    model = other(
+        "MiniMaxConfig",
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    with pytest.raises(UnsupportedError, match="with a cache fails .ValueError: MiniMax uses"):
+        check_reading(model)
+
+
+def test_a_cache_that_forgets_is_refused_dense_too(models):
+    with pytest.raises(UnsupportedError, match="forget all but 64 tokens"):
+        check_reading(models.build("llama", sliding_window=64))
+
+
+def test_one_trial_serves_dense_and_sparse_runs(models):
+    model, passes = models.build("llama"), []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    check_reading(model)
+    check_model(model)
+    check_reading(model)
+    assert len(passes) == 6
 
 
 # Padding

@@ -14,6 +14,7 @@ from sah_core.errors import (
     UnsupportedError,
 )
 from sah_core.models import ModelSource
+from sah_core.probing import check_reading
 from sah_plugins.adapters.hf import HuggingFaceAdapter
 from sah_plugins.adapters.hf.loading import Loaded
 from sah_plugins.metrics.density import Density
@@ -60,6 +61,7 @@ class Passes:
     """Counts the tokens of every forward pass through a model."""
 
     def __init__(self, model):
+        check_reading(model)  # a model is tried once, before its first context
         self.tokens = []
         self.handle = model.register_forward_pre_hook(self.note, with_kwargs=True)
 

@@ -16,7 +16,7 @@ from sah_core import Pipeline, Request, Response, compat
 from sah_core.attention import Session
 from sah_core.errors import ParameterError, RequestError
 from sah_core.patching import set_apart, use
-from sah_core.probing import check_padding
+from sah_core.probing import check_padding, check_reading
 from sah_core.requests import AnswerDetail, Likelihood
 from sah_core.selection import overflow_rows
 
@@ -258,7 +258,8 @@ class HuggingFaceAdapter(Reader):
             observers: As for `prefill`.
 
         Raises:
-            UnsupportedError: If padding changes what the model says.
+            UnsupportedError: If the model reads a text in pieces, or behind padding, otherwise than
+                at once.
         """
         options, chunk = request_options(request_kwargs)
         if not requests:
@@ -267,6 +268,9 @@ class HuggingFaceAdapter(Reader):
         self._check_length(max(len(p.ids) for made in prompts for p in made), new_tokens)
         rows = padded_rows(requests, prompts)
         longest = max(row.padding + len(p.ids) for row in rows for p in row.prompts)
+        check_reading(self.model)
+        if any(row.padding for row in rows):
+            check_padding(self.model)
         kv_cache = compat.make_cache(self.model, longest + max(ROOM, new_tokens))
         session = None
         if pipeline is not None:
@@ -278,8 +282,6 @@ class HuggingFaceAdapter(Reader):
         begin = self._now()
         pieces = [[0] * row.padding + list(row.prompts[0].ids[: row.shared]) for row in rows]
         padding = tuple(row.padding for row in rows)
-        if any(padding):
-            check_padding(self.model)
         self._extend(kv_cache, pieces, 0, watched, padding, chunk)
         seconds = self._now() - begin - (watched.observer_seconds if watched else 0.0)
         base = compat.snapshot_cache(kv_cache)
