@@ -63,8 +63,9 @@ class Inputs:
         ops: Scoring primitives.
         random: Counter-based random numbers of this step and layer.
         window_queries: The last query rows up to those of this call, or at the end of the prefill
-            those of the context, at most `WINDOW_QUERIES`, ``(batch, heads, rows, head_dim)``; None
-            unless the masker declares the need.
+            those of the context, at most `WINDOW_QUERIES`, ``(batch, heads, rows, head_dim)``; of
+            a sequence with fewer tokens the first are padding. None unless the masker declares the
+            need.
         hidden_states: Input of the layer; likewise. No session gives it yet, nor the next two.
         query_pre_rope: The queries before the rotary embedding.
         key_pre_rope: The keys before it.
