@@ -307,9 +307,13 @@ def entry_piece(
         grouped = query.view(batch, selections, group, query_len, -1).transpose(2, 3)
         logits = (grouped @ key.transpose(3, 4)).transpose(2, 3)
     logits = capped(logits.reshape(batch, heads, query_len, count), inputs.softcap)
+    keep = per_head(keep, heads)
     if probability is not None:
-        logits = logits - per_head(probability, heads).log()
-    logits = logits.masked_fill(~per_head(keep, heads), float("-inf"))
+        chance = per_head(probability, heads)
+        logits = logits - chance.log()
+        # a probability that a sampler rounded to 0 must not weigh infinitely
+        keep = keep & (chance > 0)
+    logits = logits.masked_fill(~keep, float("-inf"))
     return Piece(logits, value)
 
 

@@ -346,6 +346,18 @@ def test_a_row_that_selects_nothing_is_zero_and_never_nan(backend, form):
     assert (lse[nothing] == float("-inf")).all()
 
 
+@pytest.mark.parametrize("backend", [Eager(), Gather()], ids=lambda b: b.name)
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_a_probability_of_zero_is_not_attended(backend, heads):
+    inputs = call()
+    keys = torch.tensor([2, 5, 9, 11], dtype=torch.int32).expand(1, heads, 1, 4)
+    chance = torch.tensor([0.5, 0.0, 0.2, 1.0]).expand(1, heads, 1, 4)
+    found, _ = backend.attend(inputs, Mask.from_indices(inputs.shape, keys, probability=chance))
+    there = keys[..., [0, 2, 3]], chance[..., [0, 2, 3]]
+    fewer = Mask.from_indices(inputs.shape, there[0], probability=there[1])
+    torch.testing.assert_close(found, Eager().attend(inputs, fewer)[0])
+
+
 @pytest.mark.parametrize("backend", [Eager(), Gather(), Sdpa()], ids=lambda b: b.name)
 def test_backends_do_not_write_to_their_inputs(backend):
     inputs = call(limits="padded", strided=True)
