@@ -21,8 +21,8 @@ from sah_core import Request
 from sah_core.errors import ContextTooLongError, ParameterError, RequestError
 from sah_core.models import ModelSource
 from sah_plugins.adapters.hf import HuggingFaceAdapter
-from sah_plugins.adapters.hf.generation import REFUSED, config_settings
 from sah_plugins.adapters.hf.loading import Loaded
+from sah_plugins.adapters.hf.options import REFUSED, config_settings
 
 pytestmark = pytest.mark.unit
 
@@ -43,7 +43,8 @@ def make(models):
 
     def adapter(pipeline="dense", family="llama"):
         if family not in built:
-            built[family] = models.build(family)
+            wide = {"of": models.config("llama", vocab_size=140)} if family == "wide" else {}
+            built[family] = models.build(family, **wide)
         loaded = Loaded(
             model=built[family],
             tokenizer=models.tokenizer(),
@@ -221,7 +222,17 @@ def test_new_tokens_take_precedence_over_lengths_as_in_transformers(make, caplog
     assert both == tokens(make(), {**ends, "min_new_tokens": 2})
 
 
-def test_a_prompt_that_leaves_no_room_is_an_error(make):
+def test_a_prompt_that_leaves_no_room_is_an_error_before_anything_is_read(make):
+    adapter, wide, passes = make(), make("dense", "wide").model, []
+    hook = adapter.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        with pytest.raises(RequestError, match="'max_length' is 20"):
+            answers(adapter, {"max_length": 20})
+        with pytest.raises(RequestError, match="another vocabulary"):
+            answers(adapter, {"assistant_model": wide})
+    finally:
+        hook.remove()
+    assert not passes
     with pytest.raises(RequestError, match=r"'max_length' is 20, which the prompt of \d+ tokens"):
         answers(make(), {"max_length": 20})
     with pytest.raises(ContextTooLongError):

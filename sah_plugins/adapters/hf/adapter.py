@@ -22,11 +22,13 @@ from sah_core.selection import overflow_rows
 
 from .answers import answer_detail, new_tokens, row_of
 from .captured import CapturedDecode
-from .generation import Generation, Watch, check_options, generation_options, merged, seeded
+from .generation import Generation, Watch, generation_options, negative_prompt, seeded
 from .loading import Loaded, check_name, load_model
+from .options import check_options, merged
 from .prefilled import ContextState, Prefilled, padded_rows
 from .prompts import build_prompts
 from .reader import Reader
+from .refusals import refuse
 from .rounds import Round, rounds
 
 ROOM = 256
@@ -157,8 +159,7 @@ class HuggingFaceAdapter(Reader):
             RequestError: For options that are not known.
         """
         # what is wrong with the options should be said before the expensive part
-        generation = generation_options(self.model, self.tokenizer, generation_kwargs)
-        refuse(self.pipeline, generation, self.model, 1)
+        generation = self._prepared([request], generation_kwargs, request_kwargs)
         prefilled = self.prefill(
             request,
             request_kwargs,
@@ -197,8 +198,7 @@ class HuggingFaceAdapter(Reader):
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ParameterError("request", "batch_size", batch_size, "an integer >= 1")
-        generation = generation_options(self.model, self.tokenizer, generation_kwargs)
-        refuse(self.pipeline, generation, self.model, 1)
+        generation = self._prepared(requests, generation_kwargs, request_kwargs)
         batch_size = 1 if generation.assisted else batch_size
         responses: list[Response] = []
         for begin in range(0, len(requests), batch_size):
@@ -504,6 +504,23 @@ class HuggingFaceAdapter(Reader):
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         return CapturedDecode(self.model, live, prefilled.cache, token, room=room)
 
+    def _prepared(
+        self,
+        requests: Sequence[Request],
+        generation_kwargs: Mapping[str, Any] | None,
+        request_kwargs: Mapping[str, Any] | None,
+    ) -> Generation:
+        """The options of some requests, after all that can be found wrong before one is read."""
+        generation = generation_options(self.model, self.tokenizer, generation_kwargs)
+        refuse(self.pipeline, generation, self.model, 1)
+        self._with_assistant(generation)
+        if generation.counts_prompt:
+            options, _ = request_options(request_kwargs)
+            for request in requests:
+                for prompt in build_prompts(request, self.tokenizer, **options):
+                    generation.behind(len(prompt.ids))
+        return generation
+
     def _with_assistant(self, generation: Generation) -> Generation:
         """The generation with its assistant loaded, its tokenizers beside it where they differ.
 
@@ -641,63 +658,3 @@ def request_options(request_kwargs: Mapping[str, Any] | None) -> tuple[dict[str,
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ParameterError("request", "prefill_chunk_size", chunk, "an integer >= 1")
     return options, chunk
-
-
-def refuse(pipeline: Pipeline, generation: Generation, model: Any, batch: int) -> None:
-    """Refuse ways to generate in which the states of a pipeline's maskers could not follow, or that
-    transformers has for a single sequence only.
-
-    Raises:
-        RequestError: With the option and what stands in its way.
-    """
-    custom = "custom_generate" in generation.options
-    for step in pipeline.steps:
-        name, shares = step.name, step.capabilities.shares_layers
-        if generation.beams > 1 and (step.is_stateful() or shares):
-            raise RequestError(
-                f"generation option 'num_beams' is not supported with masker {name!r}: its "
-                "state belongs to one sequence and cannot follow beams; use num_beams=1"
-            )
-        if custom and (step.is_stateful() or shares):
-            raise RequestError(
-                f"generation option 'custom_generate' is not supported with masker {name!r}: its "
-                "state cannot follow a loop that may reorder sequences or take tokens back"
-            )
-        if generation.assisted and shares:
-            raise RequestError(
-                f"assisted generation is not supported with masker {name!r}: what its layers hand "
-                "each other belongs to one token, and several are verified at once"
-            )
-    if generation.options.get("output_attentions") and not pipeline.is_dense:
-        raise RequestError(
-            f"generation option 'output_attentions' is not supported with '{pipeline.text}': no "
-            "matrix of attention weights is made; use metrics such as mass, or an observer"
-        )
-    if generation.assisted and batch > 1:
-        raise RequestError(
-            f"assisted generation takes one context at a time, not {batch}; use batch_size=1"
-        )
-    if generation.assisted and not compat.takes_tokens_back(model):
-        raise RequestError(
-            f"assisted generation is not supported with {type(model).__name__}: its linear layers "
-            "cannot take rejected tokens back"
-        )
-
-
-def negative_prompt(generation: Generation, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The negative prompt of guidance for every row of a batch.
-
-    Raises:
-        RequestError: If it is not one sequence of tokens.
-    """
-    made = {}
-    for name, given in generation.negative.items():
-        tokens = torch.as_tensor(given, dtype=torch.long, device=ids.device)
-        tokens = tokens.unsqueeze(0) if tokens.dim() == 1 else tokens
-        if tokens.dim() != 2 or tokens.shape[0] != 1 or not tokens.numel():
-            raise RequestError(
-                f"generation option {name!r} has shape {tuple(tokens.shape)}; expected the tokens "
-                "of one sequence"
-            )
-        made[name] = tokens.expand(ids.shape[0], -1)
-    return made

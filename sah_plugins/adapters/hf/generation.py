@@ -3,112 +3,25 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from sah_core import ParameterError, RequestError, compat
-from sah_core.errors import nearest_names, one_line, short_repr
+from sah_core import RequestError, compat
 
-from .loading import hub_in_reach
+from .options import ASSISTED, DRAFTING, check_options
 
 log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 64
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-
-OWN_CACHE = "the context is read once, into a cache that the adapter keeps"
-REQUEST = "the request holds the prompt"
-HUB_CODE = "transformers runs it with code from the hub only, and no remote code is run"
-DRAFT_LAYERS = "drafts by layers that only a few models have are not known here"
-REFUSED = {
-    "token_healing": "it takes the whole prompt apart and tokenises it anew, without its special "
-    "tokens, so that the context would not be the one that was read",
-    "constraints": HUB_CODE,
-    "force_words_ids": HUB_CODE,
-    "dola_layers": HUB_CODE,
-    "penalty_alpha": HUB_CODE,
-    "low_memory": HUB_CODE,
-    "num_beam_groups": HUB_CODE,
-    "diversity_penalty": HUB_CODE,
-    "trust_remote_code": HUB_CODE,
-    "use_mtp": DRAFT_LAYERS,
-    "speculation_type": DRAFT_LAYERS,
-    "is_assistant": "transformers sets it itself, for an assistant",
-    "compile_config": "transformers compiles for static caches only",
-    "continuous_batching_config": "process_requests makes the batches",
-    "synced_gpus": "a model runs in one process",
-    "prefill_chunk_size": "it belongs into the request options",
-    "cache_implementation": OWN_CACHE,
-    "cache_config": OWN_CACHE,
-    "max_cache_len": OWN_CACHE,
-    "use_cache": OWN_CACHE,
-    "cache": OWN_CACHE,
-    "cache_params": OWN_CACHE,
-    "past_key_values": OWN_CACHE,
-    "inputs": REQUEST,
-    "input_ids": REQUEST,
-    "inputs_embeds": REQUEST,
-    "attention_mask": REQUEST,
-    "position_ids": REQUEST,
-}
-"""Options of ``generate`` that have no place here, and why."""
-NEUTRAL = {
-    "use_cache": (True,),
-    "cache_implementation": ("dynamic", "hybrid"),
-    "penalty_alpha": (0,),
-    "num_beam_groups": (1,),
-    "diversity_penalty": (0,),
-}
-"""Values of refused options that change nothing, where that is not False or None."""
-OWN = ("seed", "tokenizer", "assistant_tokenizer")
-"""Options beside those of ``generate`` and of a generation config."""
-ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-"""Options each of which asks for decoding that verifies proposed tokens."""
-DRAFTING = (
-    "num_assistant_tokens",
-    "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold",
-)
-"""Options that transformers reads from the assistant's own generation config."""
 OF_THE_CHECKPOINT = ("prompt_lookup_num_tokens", "assistant_early_exit", "guidance_scale")
 """Options that a checkpoint may set and that have to be known here."""
-RECORDED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-"""Options that ask for more than tokens."""
-COUNTS = {
-    "max_new_tokens": 1,
-    "min_new_tokens": 0,
-    "max_length": 1,
-    "min_length": 0,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "prompt_lookup_num_tokens": 1,
-    "max_matching_ngram_size": 1,
-    "num_assistant_tokens": 1,
-    "assistant_early_exit": 1,
-    "seed": 0,
-}
-"""Options that are whole numbers, and the least that each may be."""
-WARPERS = {
-    "temperature": "TemperatureLogitsWarper",
-    "top_k": "TopKLogitsWarper",
-    "top_p": "TopPLogitsWarper",
-    "min_p": "MinPLogitsWarper",
-    "typical_p": "TypicalLogitsWarper",
-    "epsilon_cutoff": "EpsilonLogitsWarper",
-    "eta_cutoff": "EtaLogitsWarper",
-    "repetition_penalty": "RepetitionPenaltyLogitsProcessor",
-    "no_repeat_ngram_size": "NoRepeatNGramLogitsProcessor",
-}
-"""Classes of transformers that know which values of an option make sense."""
 
 
 @attrs.frozen
@@ -258,189 +171,6 @@ class Watch:
         return done
 
 
-def check_options(
-    generation_kwargs: Mapping[str, Any] | None, generate: Callable[..., Any] | None = None
-) -> dict[str, Any]:
-    """The caller's options without those that change nothing; no model is needed.
-
-    Args:
-        generation_kwargs: What the caller gave; not changed.
-        generate: The method that will be called; that of every transformers model when None.
-
-    Raises:
-        RequestError: For an option that does not exist or has no place here, or a combination that
-            makes no sense.
-        ParameterError: For a value that is out of range.
-    """
-    from transformers.generation.utils import GenerationMixin
-
-    options = merged(generation_kwargs or {})
-    custom = options.get("custom_generate")
-    known = known_options(generate or GenerationMixin.generate) | custom_options(custom)
-    for name in list(options):
-        if name in REFUSED:
-            value = options.pop(name)
-            scalar = isinstance(value, bool | int | float | str)
-            if value is not None and not (scalar and value in NEUTRAL.get(name, (False,))):
-                raise RequestError(f"generation option {name!r} is not supported: {REFUSED[name]}")
-        elif name not in known:
-            nearest = nearest_names(name, known - set(REFUSED))
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise RequestError(f"generation option {name!r} is not known{hint}")
-    for name, least in COUNTS.items():
-        value = options.get(name)
-        if value is None:
-            options.pop(name, None)
-        elif isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ParameterError("generation", name, value, f"an integer >= {least}")
-    for name in ("do_sample", "return_dict_in_generate", *RECORDED):
-        if not isinstance(options.get(name) or False, bool):
-            raise ParameterError("generation", name, options[name], "true or false")
-    check_together(options)
-    check_values(options)
-    return options
-
-
-def merged(generation_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The caller's options with those of a ``generation_config`` beneath them, as ``generate``
-    merges them.
-
-    Args:
-        generation_kwargs: Its ``generation_config`` may be an object, a mapping, or a name: a JSON
-            file, a folder with a ``generation_config.json`` or a repository. Nothing is changed.
-
-    Raises:
-        RequestError: If it is none of these.
-    """
-    options = dict(generation_kwargs)
-    config = options.pop("generation_config", None)
-    return options if config is None else {**settings_of(config), **options}
-
-
-def settings_of(config: Any) -> dict[str, Any]:
-    """What a generation config says: a copy of its settings that are not None.
-
-    Entries of an object or a file that ``generate`` does not know are left out with a warning, as
-    checkpoints carry many; those of a mapping are the caller's own words, and are checked.
-    """
-    from transformers import GenerationConfig
-
-    if isinstance(config, Mapping):
-        if "generation_config" in config:
-            raise RequestError("generation option 'generation_config' stands inside itself")
-        given = {name: value for name, value in config.items() if value is not None}
-        given.pop("transformers_version", None)
-        return copy.deepcopy(given)
-    if isinstance(config, str | Path):
-        config = read_config(str(config))
-    if not isinstance(config, GenerationConfig):
-        raise RequestError(
-            f"generation option 'generation_config' is {short_repr(config)}; expected a "
-            "GenerationConfig, a mapping, or the name of a file, folder or repository"
-        )
-    known = config_settings()
-    found = {
-        name: value
-        for name, value in vars(config).items()
-        if value is not None and not name.startswith("_") and name != "transformers_version"
-    }
-    for name in sorted(set(found) - known):
-        log.warning("generation_config has %r, which transformers' generate does not read", name)
-        del found[name]
-    return copy.deepcopy(found)
-
-
-def read_config(name: str) -> Any:
-    """A generation config by its name.
-
-    Raises:
-        RequestError: If there is none.
-    """
-    from transformers import GenerationConfig
-
-    path = Path(name).expanduser()
-    place: tuple[str, ...] = (str(path.parent), path.name) if path.is_file() else (name,)
-    local = path.exists() or not hub_in_reach()
-    try:
-        return GenerationConfig.from_pretrained(*place, local_files_only=local)
-    except (OSError, ValueError, TypeError) as error:
-        raise RequestError(
-            f"generation option 'generation_config' names {name!r}, which cannot be read: "
-            f"{one_line(str(error))}"
-        ) from error
-
-
-def custom_options(custom: Any) -> frozenset[str]:
-    """The names of the arguments that a decoding loop of the caller takes.
-
-    Raises:
-        RequestError: If it is the name of a repository, whose code would be run.
-    """
-    if custom is None:
-        return frozenset()
-    if not callable(custom):
-        raise RequestError(
-            f"generation option 'custom_generate' is {short_repr(custom)}; expected a function: "
-            "no remote code is run"
-        )
-    return frozenset(inspect.signature(custom).parameters)
-
-
-def check_together(options: Mapping[str, Any]) -> None:
-    """Refuse combinations that make no sense, or of which transformers would ignore a part.
-
-    Raises:
-        RequestError: With the options.
-    """
-    wanted, beams = options.get("num_return_sequences", 1), options.get("num_beams", 1)
-    if wanted > 1 and wanted > beams and (beams > 1 or not options.get("do_sample")):
-        raise RequestError(
-            f"num_return_sequences={wanted} needs do_sample=True, or as many num_beams"
-        )
-    assisting = [name for name in ASSISTED if options.get(name) is not None]
-    if len(assisting) > 1:
-        raise RequestError(f"{assisting[0]} and {assisting[1]} exclude each other")
-    for name in (*DRAFTING, "assistant_tokenizer"):
-        if options.get(name) is not None and not set(assisting) & {ASSISTED[0], ASSISTED[2]}:
-            raise RequestError(f"{name} needs an assistant_model (or assistant_early_exit)")
-    if assisting and beams > 1:
-        raise RequestError(f"{assisting[0]} does not go together with num_beams={beams}")
-    if assisting and options.get("guidance_scale", 1) not in (None, 1):
-        raise RequestError(
-            f"{assisting[0]} does not go together with guidance_scale: the unconditional branch "
-            "cannot take rejected tokens back"
-        )
-    if options.get("streamer") is not None and beams > 1:
-        raise RequestError("streamer does not go together with num_beams: beams end all at once")
-    if not options.get("return_dict_in_generate"):
-        for name in RECORDED:
-            if options.get(name):
-                raise RequestError(f"{name} needs return_dict_in_generate=True")
-
-
-def check_values(options: Mapping[str, Any]) -> None:
-    """Let transformers say which values are out of range.
-
-    Raises:
-        ParameterError: With its reason.
-    """
-    from transformers import GenerationConfig, generation
-
-    for name, warper in WARPERS.items():
-        value = options.get(name)
-        if value is None or (name == "top_k" and value == 0):
-            continue
-        try:
-            getattr(generation, warper)(value)
-        except (ValueError, TypeError) as error:
-            raise ParameterError("generation", name, value, f"another value ({error})") from error
-    plain = {name: value for name, value in options.items() if name in config_settings()}
-    try:
-        GenerationConfig(**plain).validate()
-    except (ValueError, TypeError) as error:
-        raise RequestError(f"these generation options do not go together: {error}") from error
-
-
 def generation_options(
     model: Any, tokenizer: Any, generation_kwargs: Mapping[str, Any] | None
 ) -> Generation:
@@ -549,21 +279,6 @@ def seeded(seed: int | None, devices: Sequence[torch.device]) -> Iterator[None]:
         yield
 
 
-@cache
-def known_options(generate: Any) -> frozenset[str]:
-    """The names that ``generate`` takes: its own arguments and those of a generation config."""
-    arguments = set(inspect.signature(generate).parameters) - {"self", "kwargs"}
-    return frozenset(arguments | config_settings() | set(OWN) | set(REFUSED))
-
-
-@cache
-def config_settings() -> frozenset[str]:
-    """The settings of a generation config."""
-    from transformers import GenerationConfig
-
-    return frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
-
-
 def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Every end-of-sequence token that generation config, model config or tokenizer declare."""
     found: list[int] = []
@@ -577,3 +292,22 @@ def eos_token_ids(model: Any, tokenizer: Any) -> list[int]:
             if token is not None and int(token) not in found:
                 found.append(int(token))
     return found
+
+
+def negative_prompt(generation: Generation, ids: Tensor) -> dict[str, Tensor]:
+    """The negative prompt of guidance for every row of a batch.
+
+    Raises:
+        RequestError: If it is not one sequence of tokens.
+    """
+    made = {}
+    for name, given in generation.negative.items():
+        tokens = torch.as_tensor(given, dtype=torch.long, device=ids.device)
+        tokens = tokens.unsqueeze(0) if tokens.dim() == 1 else tokens
+        if tokens.dim() != 2 or tokens.shape[0] != 1 or not tokens.numel():
+            raise RequestError(
+                f"generation option {name!r} has shape {tuple(tokens.shape)}; expected the tokens "
+                "of one sequence"
+            )
+        made[name] = tokens.expand(ids.shape[0], -1)
+    return made
