@@ -1,4 +1,4 @@
-"""Random golden cases of the first maskers, in the file format of `sah-bench verify maskers`.
+"""Random golden cases of maskers, in the file format of `sah-bench verify maskers`.
 
 The expected selections come from the definitions, row by row in float64. Shapes and parameters are
 drawn: no keys in a fraction, fewer keys than any budget, odd pages and head groups, one bit per
@@ -53,8 +53,8 @@ class Row:
         gap: The smallest distance from a choice that would have been another one.
     """
 
-    def __init__(self, case, query, key, position, first):
-        self.case, self.query, self.key = case, query, key
+    def __init__(self, case, query, key, value, position, first):
+        self.case, self.query, self.key, self.value = case, query, key, value
         self.group = query.shape[0] // key.shape[0]
         self.position, self.first, self.keys = position, first, key.shape[1] - first
         self.open = range(first, position + 1)
@@ -88,6 +88,26 @@ class Row:
         for scores, chosen in zip(self.logits(), self.chosen, strict=True):
             left = set(self.open) - chosen
             chosen |= set(self.best(scores, left, count(heavy_size, self.keys)))
+
+    def value_aware_top_k(self, heavy_size):
+        norms = self.value.norm(dim=-1).repeat_interleave(self.group, 0)
+        for scores, chosen in zip(self.logits() + norms.log(), self.chosen, strict=True):
+            left = set(self.open) - chosen
+            chosen |= set(self.best(scores, left, count(heavy_size, self.keys)))
+
+    def twilight(self, top_p, label_bits):
+        for head, chosen in enumerate(self.chosen):
+            keys = self.key[head // self.group]
+            exact = torch.stack([rounded(key, label_bits) for key in keys])
+            scores = exact @ self.query[head] * self.case["scaling"]
+            order = self.best(scores, chosen, len(chosen))
+            mass = torch.softmax(scores[order], 0).cumsum(0) if order else torch.ones(0)
+            if top_p < 1 and order:
+                self.gap = min(self.gap, float((mass - top_p).abs().min()))
+            number = len(order) if top_p == 1 else int((mass < top_p).sum()) + 1
+            for left, right in zip(order[:number][-1:], order[number:][:1], strict=False):
+                self.gap = min(self.gap, float(scores[left] - scores[right]))
+            chosen.intersection_update(order[:number])
 
     def oracle_top_p(self, top_p):
         for scores, chosen in zip(self.logits(), self.chosen, strict=True):
@@ -148,6 +168,10 @@ def steps(kind, draw):
         return {"sink": both[:1], "local": both[1:], "streaming": both}[kind]
     name = {"topk": "oracle_top_k", "topp": "oracle_top_p"}.get(kind, kind)
     params = {"heavy_size": size(draw)} if kind != "topp" else {"top_p": draw.choice(SHARES)}
+    if kind == "twilight":
+        params = {"top_p": draw.choice(SHARES), "label_bits": draw.choice((2, 4, 8, 16))}
+        both += [("oracle_top_k", {"heavy_size": size(draw)})]
+        return [*both, (name, params)]
     if kind in ("quest", "double_sparsity"):
         params["label_bits"] = draw.choice((1, 2, 3, 4, 8, 15, 16))
         params["group_reduction"] = draw.choice(REDUCTIONS)
@@ -190,7 +214,8 @@ def write(path, kind, seed):
             for r in range(query_len):
                 position = key_len - query_len + r
                 keep[b, 0, r, first : position + 1] = True
-                row = Row(case, query[b, :, r].double(), key[b].double(), position, first)
+                sequence = query[b, :, r].double(), key[b].double(), value[b].double()
+                row = Row(case, *sequence, position, first)
                 for name, params in pipeline:
                     row.add(name, params)
                 gap = min(gap, row.gap)
@@ -212,7 +237,18 @@ def write(path, kind, seed):
 
 
 @pytest.mark.parametrize(
-    "kind", ["sink", "local", "streaming", "topk", "topp", "quest", "double_sparsity"]
+    "kind",
+    [
+        "sink",
+        "local",
+        "streaming",
+        "topk",
+        "topp",
+        "quest",
+        "double_sparsity",
+        "value_aware_top_k",
+        "twilight",
+    ],
 )
 def test_random_cases_of_every_kind_agree_with_their_definition(kind, tmp_path):
     for seed in range(12):
