@@ -121,6 +121,10 @@ class Request:
                 f"{len(self.answer_prefix)} answer prefixes for {len(self.question_list)} "
                 "questions; give one for all or one for each"
             )
+        if not isinstance(self.separator, str):
+            raise RequestError(f"the separator is {short_repr(self.separator)}; expected a text")
+        if self.chat is not None and not isinstance(self.chat, bool):
+            raise RequestError(f"chat is {short_repr(self.chat)}; expected True, False or None")
         if self.truncation is not None and self.truncation not in TRUNCATIONS:
             raise RequestError(
                 f"truncation {self.truncation!r} is not known; use one of {', '.join(TRUNCATIONS)}"

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.unit
         ({"questions": ["a?", " "]}, "question 1 is empty"),
         ({"answer_prefix": None}, "expected a text or a list of texts, not None"),
         ({"system": 3}, "the system message is 3; expected a text"),
+        ({"separator": None}, "the separator is None; expected a text"),
+        ({"chat": "no"}, "chat is 'no'; expected True, False or None"),
         ({"turns": "hello"}, "expected a list of turns, not 'hello'"),
         ({"turns": 3}, "expected a list of turns, not 3"),
         ({"turns": ["hello"]}, "'hello' is no turn; expected a role and a content"),

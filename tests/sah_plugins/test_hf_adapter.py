@@ -665,6 +665,18 @@ def test_request_options_that_are_no_counts_are_errors(make, option, value):
         make().process_request(Request(context="x", questions="a?"), NEW, {option: value})
 
 
+def test_a_chat_option_that_is_no_truth_value_is_an_error(make):
+    with pytest.raises(ParameterError, match="chat = 'no' is not allowed: expected true, false"):
+        make().process_request(Request(context="x", questions="a?"), NEW, {"chat": "no"})
+
+
+def test_what_is_no_request_is_an_error(make):
+    with pytest.raises(RequestError, match="'x' is no request; expected a Request"):
+        make().process_request("x", NEW)
+    with pytest.raises(RequestError, match="'y' is no request; expected a Request"):
+        make().process_requests([Request(context="x", questions="a?"), "y"], NEW)
+
+
 def test_request_options_that_do_not_exist_are_errors(make):
     with pytest.raises(RequestError, match="'max_context_lenght' is not known"):
         make().process_request(Request(context="x", questions="a?"), NEW, {"max_context_lenght": 3})

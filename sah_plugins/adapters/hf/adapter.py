@@ -14,7 +14,7 @@ import torch
 
 from sah_core import Pipeline, Request, Response, compat
 from sah_core.attention import Session
-from sah_core.errors import ParameterError, RequestError
+from sah_core.errors import ParameterError, RequestError, short_repr
 from sah_core.patching import set_apart, use
 from sah_core.probing import check_padding, check_reading
 from sah_core.requests import AnswerDetail, Likelihood
@@ -264,6 +264,9 @@ class HuggingFaceAdapter(Reader):
         options, chunk = request_options(request_kwargs)
         if not requests:
             raise RequestError("there is no request")
+        for request in requests:
+            if not isinstance(request, Request):
+                raise RequestError(f"{short_repr(request)} is no request; expected a Request")
         prompts = [build_prompts(request, self.tokenizer, **options) for request in requests]
         self._check_length(max(len(p.ids) for made in prompts for p in made), new_tokens)
         rows = padded_rows(requests, prompts)
@@ -657,4 +660,7 @@ def request_options(request_kwargs: Mapping[str, Any] | None) -> tuple[dict[str,
     chunk = options.pop("prefill_chunk_size", None)
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ParameterError("request", "prefill_chunk_size", chunk, "an integer >= 1")
+    chat = options.get("chat")
+    if chat is not None and not isinstance(chat, bool):
+        raise ParameterError("request", "chat", chat, "true, false or none")
     return options, chunk
