@@ -20,12 +20,9 @@ from sah_core import (
 )
 from sah_core.attention import Session
 from sah_core.errors import RequestError, UnsupportedError
-from sah_core.models import ModelSource
 from sah_core.testing import MODEL
-from sah_plugins.adapters.hf import HuggingFaceAdapter
-from sah_plugins.adapters.hf.loading import Loaded
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet")]
 
 CONTEXT = "the hen and the rat are on the hearth. an ant is in the red tin.\nno one is there. "
 QUESTIONS = ("who is in the tin?", "where is the hen?")
@@ -40,29 +37,6 @@ PIPELINES = (
     "sink(2) | local(2) | magicpig(lsh_l=20, lsh_k=3) @ phases=[decode]",
     "oracle-top-k(6) @ prefill=sparse",
 )
-
-
-@pytest.fixture(autouse=True)
-def _quiet(caplog):
-    caplog.set_level("ERROR", logger="transformers")
-
-
-@pytest.fixture(scope="module")
-def make(models):
-    built = {}
-
-    def adapter(pipeline="dense", family="llama"):
-        if family not in built:
-            built[family] = models.build(family)
-        loaded = Loaded(
-            model=built[family],
-            tokenizer=models.tokenizer(),
-            source=ModelSource(kind="folder", location="tiny", label="tiny"),
-            weights_hash="0",
-        )
-        return HuggingFaceAdapter.of(loaded, pipeline)
-
-    return adapter
 
 
 @pytest.fixture(scope="module")
