@@ -172,9 +172,8 @@ class Inputs:
         def units(keys: int) -> int:
             return min(there, max(minimum, keys // unit))
 
-        if size.tokens is not None:
-            return Budget(units(size.tokens))
-        assert size.fraction is not None
+        if size.fraction is None:
+            return Budget(units(size.resolve(self.capacity)))
         if self.key_len is None:
             wanted = (size, unit, minimum)
             known = self.allowed.memo.get(wanted)

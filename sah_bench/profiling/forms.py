@@ -78,13 +78,15 @@ def sdpa(call: Call, kernel: SDPBackend | None, *, by_rows: bool) -> Function:
     def attend() -> Tensor:
         return scaled_dot_product_attention(query, call.key, call.value, enable_gqa=shared)
 
+    if kernel is None:
+        return attend
+
     def on_kernel() -> Tensor:
-        assert kernel is not None
         with sdpa_kernel(kernel), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # why a kernel refuses comes as warnings
             return attend()
 
-    return attend if kernel is None else on_kernel
+    return on_kernel
 
 
 class PipelineForm:

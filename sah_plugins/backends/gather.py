@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from sah_core import Allowed, Backend, Inputs, KeyRange, Mask, Problem, hookimpl
+from sah_core import Allowed, Backend, Inputs, KeyRange, Mask, Problem, Selected, hookimpl
 
 ROW_BYTES = 64 * 2**20
 """Gathered keys and values held at once: more query rows than fit run in blocks."""
@@ -164,7 +164,7 @@ def attend_block(inputs: Inputs, mask: Mask, by_slices: bool) -> tuple[Tensor, T
     else:
         pieces += index_pieces(inputs, mask, query)
     if mask.selected is not None and mask.selected.capacity:
-        pieces.append(selected_piece(inputs, mask, query))
+        pieces.append(selected_piece(inputs, mask, mask.selected, query))
     if inputs.sinks is not None:
         sinks = inputs.sinks.to(exact).view(1, -1, 1, 1).expand(*inputs.shape[:3], 1)
         nothing = inputs.value.new_zeros((inputs.batch, inputs.kv_heads, 1, 1, 1))
@@ -274,10 +274,9 @@ def index_pieces(inputs: Inputs, mask: Mask, query: Tensor) -> Iterator[Piece]:
         yield entry_piece(inputs, query, keys, keep, None)
 
 
-def selected_piece(inputs: Inputs, mask: Mask, query: Tensor) -> Piece:
-    """Selected keys by index; entries inside a range count there."""
-    assert mask.selected is not None
-    keys, probability = mask.selected.tokens(inputs.capacity)
+def selected_piece(inputs: Inputs, mask: Mask, selected: Selected, query: Tensor) -> Piece:
+    """The selected keys of a mask by index; entries inside a range count there."""
+    keys, probability = selected.tokens(inputs.capacity)
     if inputs.allowed.heads > keys.shape[1]:
         keys = keys.repeat_interleave(inputs.allowed.heads // keys.shape[1], dim=1)
     keep = (keys >= 0) & inputs.allowed.contains(keys)
