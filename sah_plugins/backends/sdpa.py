@@ -103,7 +103,8 @@ def plain(inputs: Inputs, start: int, stop: int) -> Tensor:
         inputs.value[:, :, start:stop],
         scale=inputs.scaling,
     )
-    return output.view(batch, heads, query_len, -1).transpose(1, 2)
+    # some kernels lay their output out by rows, so that the group cannot be told apart in place
+    return output.reshape(batch, heads, query_len, -1).transpose(1, 2)
 
 
 def masked(inputs: Inputs, keep: Tensor, start: int = 0, stop: int | None = None) -> Tensor:

@@ -398,6 +398,24 @@ def test_sdpa_agrees_with_eager_on_full_masks(shape, limits, rows, monkeypatch):
     torch.testing.assert_close(output.double(), exact(inputs, mask)[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("limits", ["causal", "windowed"])
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_sdpa_takes_outputs_that_lie_by_rows(limits, query_len, monkeypatch):
+    """Some kernels of a GPU lay their output out as ``(batch, rows, heads, channels)``."""
+    from sah_plugins.backends import sdpa
+
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def by_rows(*args, **kwargs):
+        return kernel(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    inputs = call(query_len=query_len, limits=limits)
+    full = Mask.full(inputs.shape)
+    right = Sdpa().attend(inputs, full)[0]
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", by_rows)
+    assert torch.equal(Sdpa().attend(inputs, full)[0], right)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_sdpa_keeps_the_type_of_the_query(dtype):
     inputs = call(dtype=dtype, query_len=KEYS)
