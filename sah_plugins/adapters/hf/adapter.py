@@ -4,9 +4,7 @@ pipelines on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
@@ -15,21 +13,19 @@ import torch
 from sah_core import Pipeline, Request, Response, compat
 from sah_core.attention import Session
 from sah_core.errors import ParameterError, RequestError, short_repr
-from sah_core.patching import set_apart, use
+from sah_core.patching import use
 from sah_core.probing import check_padding, check_reading
 from sah_core.requests import AnswerDetail, Likelihood
-from sah_core.selection import overflow_rows
 
-from .answers import answer_detail, new_tokens, row_of
 from .captured import CapturedDecode
-from .generation import Generation, Watch, generation_options, negative_prompt, seeded
+from .generation import Generation, generation_options
 from .loading import Loaded, check_name, load_model
 from .options import check_options, merged
-from .prefilled import ContextState, Prefilled, padded_rows
+from .prefilled import Prefilled, padded_rows
 from .prompts import build_prompts
-from .reader import Reader
 from .refusals import refuse
-from .rounds import Round, rounds
+from .rounds import rounds
+from .writer import Writer
 
 ROOM = 256
 """Tokens of cache taken ahead for generation."""
@@ -38,7 +34,7 @@ BATCH_SIZE = 8
 """Contexts that `process_requests` reads together unless it is told otherwise."""
 
 
-class HuggingFaceAdapter(Reader):
+class HuggingFaceAdapter(Writer):
     """A transformers causal language model with a pipeline attached.
 
     Args:
@@ -128,8 +124,6 @@ class HuggingFaceAdapter(Reader):
             "weights": self.loaded.weights_hash,
             "dtype": str(self.model.dtype).removeprefix("torch."),
         }
-
-    # Requests
 
     def process_request(
         self,
@@ -345,7 +339,7 @@ class HuggingFaceAdapter(Reader):
         parsed = self.pipeline if pipeline is None else Pipeline.parse(pipeline)
         generation = generation_options(self.model, self.tokenizer, generation_kwargs)
         refuse(parsed, generation, self.model, len(prefilled.rows))
-        generation = self._with_assistant(generation)
+        generation = self._assisted(generation)
         rows = prefilled.rows
         asked = [range(len(row.prompts)) for row in rows] if indices is None else indices
         for row, chosen in zip(rows, asked, strict=True):
@@ -410,59 +404,6 @@ class HuggingFaceAdapter(Reader):
         chosen = range(len(prefilled.prompts)) if indices is None else indices
         return tuple(self._score(prefilled, state, index, step) for index in chosen)
 
-    # Parts
-
-    def _score(
-        self, prefilled: Prefilled, state: ContextState, index: int, step: int | None
-    ) -> Likelihood:
-        prompt = prefilled.prompts[index]
-        self._check_length(len(prompt.ids), 0)
-        text = prompt.ids[prompt.context_tokens :]
-        if len(text) < 2:
-            raise RequestError(f"text {index} has {len(text)} token; at least 2 are needed")
-        begin, observed = self._now(), state.session.observer_seconds
-        losses: list[float] = []
-        correct: list[bool] = []
-        extra = [prompt.ids[prefilled.shared : prompt.context_tokens]]
-        resumed = self._resumed(prefilled, state, extra, prefilled.shared)
-        with resumed as session, use(self.model, session):
-            session.start_question()
-            past = prompt.context_tokens
-            for piece, logits in self._forward(prefilled.cache, text, past, step):
-                following = torch.tensor(
-                    text[piece.start + 1 : piece.stop + 1], dtype=torch.long, device=self.device
-                )
-                scores = logits[: len(following)].float()
-                losses += torch.nn.functional.cross_entropy(
-                    scores, following, reduction="none"
-                ).tolist()
-                correct += (scores.argmax(-1) == following).tolist()
-        return Likelihood(
-            token_ids=tuple(text[1:]),
-            losses=tuple(losses),
-            correct=tuple(correct),
-            context_tokens=prompt.context_tokens,
-            seconds=self._now() - begin - (session.observer_seconds - observed),
-            backends=tuple(sorted(session.backends_used)),
-        )
-
-    def _forward(
-        self, kv_cache: Any, ids: Sequence[int], past: int, step: int | None
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Run given tokens behind the cached ones and yield the logits of each piece."""
-        length = step or len(ids)
-        for begin in range(0, len(ids), length):
-            piece = slice(begin, min(begin + length, len(ids)))
-            output = self.model(
-                input_ids=torch.tensor([ids[piece]], device=self.device),
-                attention_mask=torch.ones(
-                    1, past + piece.stop, dtype=torch.long, device=self.device
-                ),
-                use_cache=True,
-                **{self._cache_argument: kv_cache},
-            )
-            yield piece, output.logits[0]
-
     @torch.no_grad()
     def capture_decode(
         self,
@@ -516,137 +457,13 @@ class HuggingFaceAdapter(Reader):
         """The options of some requests, after all that can be found wrong before one is read."""
         generation = generation_options(self.model, self.tokenizer, generation_kwargs)
         refuse(self.pipeline, generation, self.model, 1)
-        self._with_assistant(generation)
+        self._assisted(generation)
         if generation.counts_prompt:
             options, _ = request_options(request_kwargs)
             for request in requests:
                 for prompt in build_prompts(request, self.tokenizer, **options):
                     generation.behind(len(prompt.ids))
         return generation
-
-    def _with_assistant(self, generation: Generation) -> Generation:
-        """The generation with its assistant loaded, its tokenizers beside it where they differ.
-
-        Raises:
-            ModelNotFoundError: If its name leads nowhere.
-            RequestError: If it speaks another vocabulary and its tokenizer is not known.
-        """
-        assistant = generation.assistant
-        if assistant is None or assistant.model is None:
-            return generation
-        if isinstance(assistant.model, str):
-            name = assistant.model
-            if name not in self._assistants:
-                self._assistants[name] = load_model(
-                    name, device=self.device, dtype=self.model.dtype
-                )
-            loaded = self._assistants[name]
-            tokenizer = assistant.tokenizer or loaded.tokenizer
-            assistant = attrs.evolve(assistant, model=loaded.model, tokenizer=tokenizer)
-        if not compat.takes_tokens_back(assistant.model):
-            raise RequestError(
-                f"{type(assistant.model).__name__} cannot be an assistant_model: its linear layers "
-                "cannot take rejected tokens back"
-            )
-        options = {**generation.options, "assistant_model": assistant.model}
-        if compat.vocabulary_size(assistant.model) != compat.vocabulary_size(self.model):
-            if assistant.tokenizer is None:
-                raise RequestError(
-                    "the assistant_model has another vocabulary; give its assistant_tokenizer"
-                )
-            options["tokenizer"] = assistant.target_tokenizer or self.tokenizer
-            options["assistant_tokenizer"] = assistant.tokenizer
-        return attrs.evolve(generation, assistant=assistant, options=options)
-
-    def _generate(
-        self,
-        prefilled: Prefilled,
-        state: ContextState,
-        together: Round,
-        generation: Generation,
-    ) -> list[AnswerDetail | None]:
-        """Answer one question of every row that has one in this round."""
-        rows, padding, filler = (
-            prefilled.rows,
-            prefilled.padding,
-            generation.options["pad_token_id"],
-        )
-        prompts = together.tokens(rows, filler)
-        ids = torch.tensor(prompts, device=self.device)
-        real = compat.padding_mask(padding, len(rows), ids.shape[1], self.device)
-        begin, observed = self._now(), state.session.observer_seconds
-
-        def elapsed() -> float:
-            return self._now() - begin - (state.session.observer_seconds - observed)
-
-        context = prefilled.width + together.extra
-        extra = [tokens[prefilled.width : context] for tokens in prompts]
-        draws: list[list[list[tuple[tuple[int, ...], str]]]] = []
-        first_token: float | None = None
-        overflowed = 0
-        verified = len(prompts[0]) - context if generation.assisted else None
-        arguments = {**generation.options, **negative_prompt(generation, ids)}
-        outputs = []
-        with seeded(generation.seed, self.devices):
-            for _ in range(generation.draws):
-                idle = () if generation.beams > 1 else together.idle
-                watch = Watch(elapsed, generation.stops, idle, length=ids.shape[1])
-                resumed = self._resumed(prefilled, state, extra, prefilled.width, padding)
-                with ExitStack() as stack:
-                    session = stack.enter_context(resumed)
-                    stack.enter_context(use(self.model, session))
-                    stack.enter_context(compat.left_padding(padding))
-                    session.start_question(verified)
-                    kv_cache = prefilled.cache
-                    if generation.beams > 1:
-                        kv_cache = compat.repeated_cache(kv_cache, generation.beams)
-                    if generation.guided or generation.assistant is not None:
-                        beside = state.session.pipeline if generation.guided else Pipeline.dense()
-                        fresh = partial(Session, beside, self.layer_types)
-                        stack.enter_context(set_apart(self.model, kv_cache, fresh))
-                    if generation.assisted:
-                        whole = ids.shape[1]
-                        stack.enter_context(compat.without_cached(self.model, kv_cache, whole))
-                    if generation.assistant is not None:
-                        stack.enter_context(generation.assistant.drafting(self.model))
-                    output = self.model.generate(
-                        ids,
-                        attention_mask=real,
-                        stopping_criteria=[watch],
-                        **{self._cache_argument: kv_cache},
-                        **arguments,
-                    )
-                    overflowed += overflow_rows(session.request_state)
-                sequences = getattr(output, "sequences", output)
-                if sequences is not output:
-                    outputs.append(output)
-                draws.append(new_tokens(sequences, ids, watch, generation))
-                first_token = watch.first_token if first_token is None else first_token
-        seconds = elapsed()
-        times = {
-            "seconds_prefill": prefilled.seconds,
-            "seconds_decode": seconds,
-            "seconds_first_token": seconds if first_token is None else first_token,
-            "seconds_index": state.seconds,
-        }
-        details: list[AnswerDetail | None] = []
-        for number, (row, index) in enumerate(zip(rows, together.asked, strict=True)):
-            if index is None:
-                details.append(None)
-                continue
-            made = [sequence for draw in draws for sequence in draw[number]]
-            detail = answer_detail(
-                self.tokenizer,
-                row.prompts[index],
-                made,
-                outputs=tuple(row_of(output, number, len(rows)) for output in outputs),
-                batch=len(rows),
-                overflow_rows=overflowed,
-                backends=tuple(sorted(state.session.backends_used)),
-                **times,
-            )
-            details.append(detail)
-        return details
 
 
 def request_options(request_kwargs: Mapping[str, Any] | None) -> tuple[dict[str, Any], int | None]:

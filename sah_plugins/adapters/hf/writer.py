@@ -1,0 +1,214 @@
+"""What a model writes behind contexts in its cache: answers, and the losses of given texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from sah_core import Pipeline, compat
+from sah_core.attention import Session
+from sah_core.errors import RequestError
+from sah_core.patching import set_apart, use
+from sah_core.requests import AnswerDetail, Likelihood
+from sah_core.selection import overflow_rows
+
+from .answers import answer_detail, new_tokens, row_of
+from .assistants import with_assistant
+from .generation import Generation, Watch, negative_prompt, seeded
+from .prefilled import ContextState, Prefilled
+from .reader import Reader
+from .rounds import Round
+
+
+@attrs.frozen(eq=False)
+class Drawn:
+    """What one call of ``generate`` gave.
+
+    Attributes:
+        sequences: Per row its sequences, each as tokens and how it ended.
+        output: The model output, where one was asked for.
+        first_token: Seconds until the first token, or None.
+        overflow: Rows that wanted more keys than they got.
+    """
+
+    sequences: list[list[tuple[tuple[int, ...], str]]]
+    output: Any
+    first_token: float | None
+    overflow: int
+
+
+class Writer(Reader):
+    """A loaded model that answers questions and scores texts behind contexts."""
+
+    def _assisted(self, generation: Generation) -> Generation:
+        """The generation with its assistant loaded."""
+        return with_assistant(generation, self.model, self.tokenizer, self._assistants)
+
+    def _generate(
+        self,
+        prefilled: Prefilled,
+        state: ContextState,
+        together: Round,
+        generation: Generation,
+    ) -> list[AnswerDetail | None]:
+        """Answer one question of every row that has one in this round."""
+        rows = prefilled.rows
+        prompts = together.tokens(rows, generation.options["pad_token_id"])
+        begin, observed = self._now(), state.session.observer_seconds
+
+        def elapsed() -> float:
+            return self._now() - begin - (state.session.observer_seconds - observed)
+
+        with seeded(generation.seed, self.devices):
+            draws = [
+                self._draw(prefilled, state, together, generation, prompts, elapsed)
+                for _ in range(generation.draws)
+            ]
+        seconds = elapsed()
+        first_token = next((d.first_token for d in draws if d.first_token is not None), seconds)
+        outputs = [drawn.output for drawn in draws if drawn.output is not None]
+        details: list[AnswerDetail | None] = []
+        for number, (row, index) in enumerate(zip(rows, together.asked, strict=True)):
+            if index is None:
+                details.append(None)
+                continue
+            detail = answer_detail(
+                self.tokenizer,
+                row.prompts[index],
+                [sequence for drawn in draws for sequence in drawn.sequences[number]],
+                outputs=tuple(row_of(output, number, len(rows)) for output in outputs),
+                batch=len(rows),
+                overflow_rows=sum(drawn.overflow for drawn in draws),
+                backends=tuple(sorted(state.session.backends_used)),
+                seconds_prefill=prefilled.seconds,
+                seconds_decode=seconds,
+                seconds_first_token=first_token,
+                seconds_index=state.seconds,
+            )
+            details.append(detail)
+        return details
+
+    def _draw(
+        self,
+        prefilled: Prefilled,
+        state: ContextState,
+        together: Round,
+        generation: Generation,
+        prompts: Sequence[Sequence[int]],
+        elapsed: Callable[[], float],
+    ) -> Drawn:
+        """Call ``generate`` once, from the end of the contexts."""
+        padding, width = prefilled.padding, prefilled.width
+        ids = torch.tensor(prompts, device=self.device)
+        real = compat.padding_mask(padding, len(prompts), ids.shape[1], self.device)
+        context = width + together.extra
+        extra = [tokens[width:context] for tokens in prompts]
+        idle = () if generation.beams > 1 else together.idle
+        watch = Watch(elapsed, generation.stops, idle, length=ids.shape[1])
+        with (
+            self._resumed(prefilled, state, extra, width, padding) as session,
+            use(self.model, session),
+            compat.left_padding(padding),
+        ):
+            session.start_question(ids.shape[1] - context if generation.assisted else None)
+            kv_cache = prefilled.cache
+            if generation.beams > 1:
+                kv_cache = compat.repeated_cache(kv_cache, generation.beams)
+            with self._beside(session.pipeline, generation, kv_cache, ids.shape[1]):
+                output = self.model.generate(
+                    ids,
+                    attention_mask=real,
+                    stopping_criteria=[watch],
+                    **{self._cache_argument: kv_cache},
+                    **generation.options,
+                    **negative_prompt(generation, ids),
+                )
+            overflow = overflow_rows(session.request_state)
+        sequences: Tensor = getattr(output, "sequences", output)
+        return Drawn(
+            new_tokens(sequences, ids, watch, generation),
+            None if sequences is output else output,
+            watch.first_token,
+            overflow,
+        )
+
+    @contextmanager
+    def _beside(
+        self, pipeline: Pipeline, generation: Generation, kv_cache: Any, length: int
+    ) -> Iterator[None]:
+        """What runs beside the answer while it is generated: the unconditional branch of guidance
+        and the model as its own assistant get sessions of their own.
+
+        Args:
+            pipeline: What the answer runs.
+            generation: The options.
+            kv_cache: The cache of the answer, which is no other's.
+            length: Tokens of the prompt.
+        """
+        with ExitStack() as stack:
+            if generation.guided or generation.assistant is not None:
+                other = pipeline if generation.guided else Pipeline.dense()
+                fresh = partial(Session, other, self.layer_types)
+                stack.enter_context(set_apart(self.model, kv_cache, fresh))
+            if generation.assisted:
+                stack.enter_context(compat.without_cached(self.model, kv_cache, length))
+            if generation.assistant is not None:
+                stack.enter_context(generation.assistant.drafting(self.model))
+            yield
+
+    def _score(
+        self, prefilled: Prefilled, state: ContextState, index: int, step: int | None
+    ) -> Likelihood:
+        prompt = prefilled.prompts[index]
+        self._check_length(len(prompt.ids), 0)
+        text = prompt.ids[prompt.context_tokens :]
+        if len(text) < 2:
+            raise RequestError(f"text {index} has {len(text)} token; at least 2 are needed")
+        begin, observed = self._now(), state.session.observer_seconds
+        losses: list[float] = []
+        correct: list[bool] = []
+        extra = [prompt.ids[prefilled.shared : prompt.context_tokens]]
+        resumed = self._resumed(prefilled, state, extra, prefilled.shared)
+        with resumed as session, use(self.model, session):
+            session.start_question()
+            past = prompt.context_tokens
+            for piece, logits in self._forward(prefilled.cache, text, past, step):
+                following = torch.tensor(
+                    text[piece.start + 1 : piece.stop + 1], dtype=torch.long, device=self.device
+                )
+                scores = logits[: len(following)].float()
+                losses += torch.nn.functional.cross_entropy(
+                    scores, following, reduction="none"
+                ).tolist()
+                correct += (scores.argmax(-1) == following).tolist()
+        return Likelihood(
+            token_ids=tuple(text[1:]),
+            losses=tuple(losses),
+            correct=tuple(correct),
+            context_tokens=prompt.context_tokens,
+            seconds=self._now() - begin - (session.observer_seconds - observed),
+            backends=tuple(sorted(session.backends_used)),
+        )
+
+    def _forward(
+        self, kv_cache: Any, ids: Sequence[int], past: int, step: int | None
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Run given tokens behind the cached ones and yield the logits of each piece."""
+        length = step or len(ids)
+        for begin in range(0, len(ids), length):
+            piece = slice(begin, min(begin + length, len(ids)))
+            output = self.model(
+                input_ids=torch.tensor([ids[piece]], device=self.device),
+                attention_mask=torch.ones(
+                    1, past + piece.stop, dtype=torch.long, device=self.device
+                ),
+                use_cache=True,
+                **{self._cache_argument: kv_cache},
+            )
+            yield piece, output.logits[0]
