@@ -50,9 +50,14 @@ class Silent:
 
 
 class Lines(Silent):
-    """Prints a line per cell that begins, at most one in ten seconds in between."""
+    """Prints a line per cell that begins, at most one in ten seconds in between.
 
-    def __init__(self) -> None:
+    Args:
+        counted: What is counted, in the plural; empty where the text says it.
+    """
+
+    def __init__(self, counted: str = "samples") -> None:
+        self._counted = f" {counted}" if counted else ""
         self._total: int | None = None
         self._done = 0
         self._what = ""
@@ -82,7 +87,8 @@ class Lines(Silent):
         if self._done and self._total and self._total > self._done:
             left = f", about {duration(elapsed / self._done * (self._total - self._done))} left"
         click.echo(
-            f"[{self._done}{total} samples, {duration(elapsed)}{left}] {self._what}", err=True
+            f"[{self._done}{total}{self._counted}, {duration(elapsed)}{left}] {self._what}",
+            err=True,
         )
 
 
@@ -112,11 +118,11 @@ class Bar(Silent):
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def reporter(enabled: bool = True) -> AbstractContextManager[Reporter]:
-    """The reporter that fits where standard error goes."""
+def reporter(enabled: bool = True, *, counted: str = "samples") -> AbstractContextManager[Reporter]:
+    """The reporter that fits where standard error goes; ``counted`` as for `Lines`."""
     if not enabled:
         return _plain(Silent())
-    return _bar() if sys.stderr.isatty() else _plain(Lines())
+    return _bar() if sys.stderr.isatty() else _plain(Lines(counted))
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def _make(
 
     check_folder(output.parent)
     read = _texts(texts)
-    with reporter(enabled=not no_progress) as shown:
+    with reporter(enabled=not no_progress, counted="") as shown:
         shown.working_on(f"loading {model}")
         loaded: Any = registry.adapters[adapter](model, device=device, dtype=dtype)
         if not (hasattr(loaded, "model") and hasattr(loaded, "tokenizer")):
