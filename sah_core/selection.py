@@ -142,33 +142,41 @@ def add_best(
         )
         return indices
 
-    def choose_by_head(rows: Inputs, taken: Mask) -> Tensor:
-        sequences, heads = head_pieces(rows, taken)
-        if len(sequences) == len(heads) == 1:
-            return choose(rows, taken, budget.count)
-        group, found = rows.group, []
-        for some in sequences:
-            count = budget.count
-            count = count if count is None or len(count) == 1 else count[some]
-            line = [
-                choose(
-                    rows.part(some, part),
-                    taken.part(some, slice(part.start * group, part.stop * group)),
-                    count,
-                )
-                for part in heads
-            ]
-            found.append(torch.cat(line, dim=1))
-        return torch.cat(found)
-
     parts = [
-        choose_by_head(rows, taken) if stateless else choose(rows, taken, budget.count)
+        _by_head(choose, rows, taken, budget.count)
+        if stateless
+        else choose(rows, taken, budget.count)
         for rows, taken in row_pieces(inputs, previous)
     ]
     indices = join_rows(parts)
     # a choice that heads share may hold a key that only some of them have selected before
     own = previous.selected is None or previous.selected.heads <= indices.shape[1]
     return previous.union(Mask.from_indices(inputs.shape, indices), disjoint=own)
+
+
+Choose = Callable[[Inputs, Mask, Tensor | None], Tensor]
+"""Chooses keys of a call from what a mask leaves, so many per sequence."""
+
+
+def _by_head(choose: Choose, rows: Inputs, taken: Mask, count: Tensor | None) -> Tensor:
+    """Choose piece by piece as `head_pieces` cuts the call, and put the pieces together."""
+    sequences, kv_heads = head_pieces(rows, taken)
+    if len(sequences) == len(kv_heads) == 1:
+        return choose(rows, taken, count)
+
+    def line(some: slice) -> Tensor:
+        own = count if count is None or len(count) == 1 else count[some]
+        pieces = [
+            choose(
+                rows.part(some, part),
+                taken.part(some, slice(part.start * rows.group, part.stop * rows.group)),
+                own,
+            )
+            for part in kv_heads
+        ]
+        return torch.cat(pieces, dim=1)
+
+    return torch.cat([line(some) for some in sequences])
 
 
 def _candidates(scores: Tensor, inputs: Inputs, taken: Mask) -> Tensor:
