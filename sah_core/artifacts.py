@@ -117,6 +117,16 @@ class Material:
     name: str
     texts: Sequence[str]
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a file should say of the model: its name and, where it can be told, a signature of
+        its weights, by which the file is refused with others (`sah_core.origin`).
+        """
+        from sah_core.origin import weight_signature
+
+        origin = weight_signature(self.model)
+        return {"model": self.name, **({} if origin is None else {"origin": origin})}
+
 
 @attrs.frozen(kw_only=True)
 class ModelTool:

@@ -93,8 +93,10 @@ def attach(
         UnsupportedError: If the model's attention does not go through the attention interface; it
             is tried once, on a few tokens (`sah_core.probing`); or if a masker needs an input that
             is not given.
+        ArtifactError: If an artefact is not there, or was made from other weights.
         PipelineError: If the pipeline applies to no layer of the model.
     """
+    from sah_core.origin import check_origin
     from sah_core.probing import check_applies, check_model, check_needs
 
     parsed = Pipeline.parse(pipeline)
@@ -103,6 +105,7 @@ def attach(
     session = Session(parsed, compat.layer_types(model), backend=backend, observers=observers)
     check_applies(parsed, session.layer_types)
     check_needs(parsed)
+    check_origin(parsed, model)
     with use(model, session):
         yield session
 

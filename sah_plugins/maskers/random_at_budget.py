@@ -14,7 +14,9 @@ Costs what the named pipeline costs, and a random number per key and query head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import attrs
@@ -78,6 +80,19 @@ class RandomAtBudget(Masker):
     def example(cls, folder: Any) -> Self:
         """The control of a small top-k behind a sink."""
         return cls(pipeline="sink(4) | value-aware-top-k(8)")
+
+    def artifacts(self) -> Mapping[str, Path]:
+        """The files of the named pipeline's steps."""
+        return {
+            f"{index}.{name}": path
+            for index, step in enumerate(steps_of(self.pipeline))
+            for name, path in step.artifacts().items()
+        }
+
+    def check_artifacts(self) -> None:
+        """Every step of the named pipeline checks its own."""
+        for step in steps_of(self.pipeline):
+            step.check_artifacts()
 
     def init_state(self, layer: LayerInfo) -> StepStates | None:
         """The states of the named pipeline, or None if it keeps none."""

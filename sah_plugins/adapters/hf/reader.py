@@ -12,6 +12,7 @@ import torch
 from sah_core import Allowed, Inputs, Pipeline, compat
 from sah_core.attention import Session, check_layers
 from sah_core.errors import ContextTooLongError, RequestError
+from sah_core.origin import check_origin
 from sah_core.patching import use
 from sah_core.probing import check_applies, check_model, check_needs
 
@@ -51,12 +52,15 @@ class Reader:
             raise ContextTooLongError(tokens, limit, what)
 
     def _check_fit(self, pipeline: Pipeline) -> None:
-        """Refuse a model that cannot be patched, and a pipeline that would do nothing to it."""
+        """Refuse a model that cannot be patched, and a pipeline that would do nothing to it or
+        brings what another model learned.
+        """
         if not pipeline.is_dense:
             check_layers(pipeline, len(self.layer_types))
             check_model(self.model)
             check_applies(pipeline, self.layer_types)
             check_needs(pipeline)
+            check_origin(pipeline, self.model)
 
     def _watched(self, session: Session, observers: Sequence[object]) -> Session:
         """A session with observers on the states of another one."""

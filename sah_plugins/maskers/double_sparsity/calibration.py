@@ -43,7 +43,7 @@ class ChannelCalibration(ModelTool):
             progress(done, len(windows), f"{self.length} tokens each")
         orders = sums.orders()
         facts = {
-            "model": material.name,
+            **material.metadata,
             "samples": str(len(windows)),
             "length": str(self.length),
             "heads": "kv" if self.per_kv_head else "query",

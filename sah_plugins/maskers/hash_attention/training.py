@@ -100,7 +100,7 @@ class HashTraining(ModelTool):
                 each = [recall(functions[i], q, k, self.top) for i, (q, k) in calls.items()]
                 recalls[name] += sum(each) / len(each) / len(held_out)
         facts = {
-            "model": material.name,
+            **material.metadata,
             "steps": str(self.steps),
             "length": str(self.length),
             "top": str(self.top),

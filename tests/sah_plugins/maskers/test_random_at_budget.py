@@ -13,7 +13,7 @@ from sah_core import (
     selection,
 )
 from sah_core.attention import Session, build_mask
-from sah_core.errors import MissingParameterError, UnknownPluginError
+from sah_core.errors import ArtifactError, MissingParameterError, UnknownPluginError
 from sah_core.hookspecs import hookimpl
 from sah_core.parameters import from_plain
 from sah_core.testing import CHECKS
@@ -199,3 +199,17 @@ def test_steps_that_need_the_outer_call_are_refused(monkeypatch):
 def test_the_pipeline_must_be_given():
     with pytest.raises(MissingParameterError, match="pipeline is missing"):
         from_plain(RandomAtBudget, {})
+
+
+def test_the_files_of_the_named_pipeline_are_its_own(tmp_path):
+    file = tmp_path / "channels.json"
+    labels = f"double-sparsity(4, sorted_channel_file={file})"
+    masker = RandomAtBudget(
+        pipeline=f"sink(2) | {labels} | hash-attention(2, hat_weight_file={file})"
+    )
+    assert masker.artifacts() == {"1.sorted_channel_file": file, "2.hat_weight_file": file}
+    with pytest.raises(ArtifactError, match="there is no such file"):
+        masker.check_artifacts()
+    file.write_text("{}")
+    with pytest.raises(ArtifactError, match="nothing in it is named like"):
+        masker.check_artifacts()
