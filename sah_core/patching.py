@@ -96,16 +96,11 @@ def attach(
         ArtifactError: If an artefact is not there, or was made from other weights.
         PipelineError: If the pipeline applies to no layer of the model.
     """
-    from sah_core.origin import check_origin
-    from sah_core.probing import check_applies, check_model, check_needs
+    from sah_core.probing import check_fit
 
     parsed = Pipeline.parse(pipeline)
-    if not parsed.is_dense:
-        check_model(model)
+    check_fit(model, parsed)
     session = Session(parsed, compat.layer_types(model), backend=backend, observers=observers)
-    check_applies(parsed, session.layer_types)
-    check_needs(parsed)
-    check_origin(parsed, model)
     with use(model, session):
         yield session
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from sah_core import compat
 from sah_core.allowed import Allowed
-from sah_core.attention import Session
+from sah_core.attention import Session, check_layers
 from sah_core.errors import PipelineError, SahError, UnsupportedError, one_line
+from sah_core.origin import check_origin
 from sah_core.patching import use
 from sah_core.pipeline import Pipeline
 
@@ -182,13 +183,35 @@ def _tolerance(logits: Tensor) -> float:
     return TOLERANCE.get(logits.dtype, TOLERANCE_16)
 
 
+def check_fit(model: Any, pipeline: Pipeline) -> None:
+    """Refuse to run a pipeline on a model where it would go wrong, or do nothing, unnoticed.
+
+    Args:
+        model: A transformers causal language model.
+        pipeline: What is to run; a dense one fits every model.
+
+    Raises:
+        UnsupportedError: If the model's attention cannot be patched, or a masker needs an input
+            that is not given.
+        PipelineError: If the pipeline applies to no layer.
+        ArtifactError: If an artefact is not there, or was made from other weights.
+    """
+    if not pipeline.is_dense:
+        types = compat.layer_types(model)
+        check_layers(pipeline, len(types))
+        check_model(model)
+        check_applies(pipeline, types)
+        check_needs(pipeline)
+        check_origin(pipeline, model)
+
+
 def check_applies(pipeline: Pipeline, layer_types: Sequence[str]) -> None:
     """Refuse a pipeline that would leave a whole model dense without a word.
 
     Raises:
         PipelineError: If it applies to no layer.
     """
-    if pipeline.is_dense or any(
+    if any(
         pipeline.is_sparse(layer, kind, phase)
         for layer, kind in enumerate(layer_types)
         for phase in pipeline.phases

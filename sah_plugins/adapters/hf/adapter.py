@@ -14,7 +14,7 @@ from sah_core import Pipeline, Request, Response, compat
 from sah_core.attention import Session
 from sah_core.errors import ParameterError, RequestError, short_repr
 from sah_core.patching import use
-from sah_core.probing import check_padding, check_reading
+from sah_core.probing import check_fit, check_padding, check_reading
 from sah_core.requests import AnswerDetail, Likelihood
 
 from .captured import CapturedDecode
@@ -273,7 +273,7 @@ class HuggingFaceAdapter(Writer):
         if pipeline is not None:
             parsed = Pipeline.parse(pipeline)
             if "prefill" in parsed.phases and not parsed.is_dense:
-                self._check_fit(parsed)
+                check_fit(self.model, parsed)
                 session = Session(parsed, self.layer_types)
         watched = session and self._watched(session, observers)
         begin = self._now()

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from sah_core import Allowed, Inputs, Pipeline, compat
-from sah_core.attention import Session, check_layers
+from sah_core.attention import Session
 from sah_core.errors import ContextTooLongError, RequestError
-from sah_core.origin import check_origin
 from sah_core.patching import use
-from sah_core.probing import check_applies, check_model, check_needs
+from sah_core.probing import check_fit
 
 from .loading import Loaded
 from .prefilled import ContextState, Prefilled
@@ -51,17 +50,6 @@ class Reader:
             what = "the model's context" + (", new tokens included," if new_tokens else "")
             raise ContextTooLongError(tokens, limit, what)
 
-    def _check_fit(self, pipeline: Pipeline) -> None:
-        """Refuse a model that cannot be patched, and a pipeline that would do nothing to it or
-        brings what another model learned.
-        """
-        if not pipeline.is_dense:
-            check_layers(pipeline, len(self.layer_types))
-            check_model(self.model)
-            check_applies(pipeline, self.layer_types)
-            check_needs(pipeline)
-            check_origin(pipeline, self.model)
-
     def _watched(self, session: Session, observers: Sequence[object]) -> Session:
         """A session with observers on the states of another one."""
         if not observers:
@@ -75,7 +63,7 @@ class Reader:
         key = pipeline.text
         if key in prefilled.states:
             return prefilled.states[key]
-        self._check_fit(pipeline)
+        check_fit(self.model, pipeline)
         session = prefilled.session
         if session is None:
             if "prefill" in pipeline.phases and not pipeline.is_dense:
