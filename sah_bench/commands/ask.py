@@ -14,7 +14,14 @@ import click
 
 from sah_core.errors import one_line
 
-from ..options import debug_option, plugin_option
+from ..options import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    MODEL_HELP,
+    PIPELINE_HELP,
+    debug_option,
+    plugin_option,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,23 +40,43 @@ _FACTS = 16
 
 
 @click.command()
-@click.option("--model", required=True, help="Alias, hub id, folder or GGUF file.")
+@click.option("--model", required=True, help=MODEL_HELP)
 @click.option("--context", help="File with the text; - reads standard input.")
 @click.option("--text", help="The text itself.")
-@click.option("--question", "questions", multiple=True, help="May be repeated.")
-@click.option("--pipeline", "pipelines", multiple=True, help="Such as 'sink(128) | local(128)'.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--chat/--no-chat", default=None, help="Chat template; if the model has one.")
+@click.option("--question", "questions", multiple=True, help="What to ask; may be repeated.")
+@click.option("--pipeline", "pipelines", multiple=True, help=f"{PIPELINE_HELP} May be repeated.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=64, help="The most tokens of an answer."
+)
+@click.option(
+    "--chat/--no-chat",
+    default=None,
+    help="Use the chat template or not; used if the model has one.",
+)
 @click.option("--system", help="System message, for chat templates.")
-@click.option("--answer-prefix", default="", help="Begin of the answer, given to the model.")
-@click.option("--max-context-length", type=click.IntRange(min=1), help="Tokens of context to keep.")
-@click.option("--truncation", type=click.Choice(["none", "middle", "head"]), help="How to cut it.")
-@click.option("--generation", multiple=True, metavar="NAME=VALUE", help="Such as temperature=0.7.")
+@click.option(
+    "--answer-prefix", default="", help="Start of the answer, put into the model's mouth."
+)
+@click.option(
+    "--max-context-length", type=click.IntRange(min=1), help="Tokens of context to keep; else all."
+)
+@click.option(
+    "--truncation",
+    type=click.Choice(["none", "middle", "head"]),
+    help="What a longer context keeps: its two ends (middle, if not given), its start (head), or "
+    "it is refused (none).",
+)
+@click.option(
+    "--generation",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Option of transformers' generate, such as temperature=0.7; may be repeated.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of sampled answers.")
 @click.option("--backend", default="auto", help="For pipelines that name none.")
-@click.option("--dtype", help="Of the weights: float32, bfloat16, float16 or auto.")
-@click.option("--device", help="Such as cpu or cuda:0.")
-@click.option("--adapter", default="hf", help="What runs the model; hf if not given.")
+@click.option("--dtype", help=DTYPE_HELP)
+@click.option("--device", help=DEVICE_HELP)
+@click.option("--adapter", default="hf", help="What runs the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--no-progress", is_flag=True, help="Show no progress.")
 @plugin_option

@@ -35,9 +35,9 @@ def data() -> None:
 @plugin_option
 @debug_option
 def list_data(benchmarks: tuple[str, ...], tasks: tuple[str, ...]) -> None:
-    """Show where the data of every task comes from, how much it is and its licence.
+    """Show where data comes from, how much it is and its licence.
 
-    Nothing is fetched or looked for.
+    One entry per task. Nothing is fetched or looked for.
     """
     from ..declarations import source_words
 
@@ -59,7 +59,7 @@ def list_data(benchmarks: tuple[str, ...], tasks: tuple[str, ...]) -> None:
 @plugin_option
 @debug_option
 def fetch(benchmarks: tuple[str, ...], data_dir: str, tasks: tuple[str, ...]) -> None:
-    """Copy data from the hub into a folder, from which benchmarks run without a network.
+    """Copy data from the hub into a folder, for runs without a network.
 
     One parquet file per task; sah-data.json beside them says from which commit each came.
     """
@@ -84,7 +84,7 @@ def fetch(benchmarks: tuple[str, ...], data_dir: str, tasks: tuple[str, ...]) ->
 @plugin_option
 @debug_option
 def verify(benchmarks: tuple[str, ...], data_dir: str | None, tasks: tuple[str, ...]) -> None:
-    """Read all data of benchmarks once and check columns and numbers of rows.
+    """Read data once and check its columns and numbers of rows.
 
     One line per task. The exit code is 1 if anything is missing or not what it should be.
     """

@@ -81,7 +81,7 @@ def list_plugins(kind: str | None, as_json: bool, check: bool) -> None:
 @plugin_option
 @debug_option
 def show_plugin(name: str, kind: str | None, as_json: bool) -> None:
-    """Describe the plugin NAME: what it is, its parameters, where it comes from."""
+    """Describe the plugin NAME: what it is, what it takes, its origin."""
     wanted = registry.kinds() if kind is None else (_kind(kind),)
     found = [one for one in wanted if _knows(one, name)]
     if not found:

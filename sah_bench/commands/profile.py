@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import debug_option, plugin_option
+from ..options import PIPELINE_HELP, debug_option, plugin_option
 
 if TYPE_CHECKING:
     import torch
@@ -64,29 +64,65 @@ class _Listed(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} is not a list of {self.name} such as 1,4", param, ctx)
 
 
+def _default(option: str) -> str:
+    """What an option that depends on the device is if it is not given, for its help."""
+    on = {device: known[option] for device, known in _DEFAULTS.items()}
+    texts = {
+        device: ",".join(map(str, value)) if isinstance(value, tuple) else value
+        for device, value in on.items()
+    }
+    return f"if not given {texts['cuda']} on CUDA, {texts['cpu']} on a CPU"
+
+
 _INTEGERS, _NAMES = _Listed(int), _Listed(str)
 
 
 @click.command(cls=_Remembering)
-@click.option("--pipeline", "pipelines", multiple=True, help="Such as 'sink(128) | local(128)'.")
-@click.option("--backend", type=_NAMES, multiple=True, help="Backends to compare.")
-@click.option("--batch", type=_INTEGERS, multiple=True, help="Sequences, such as 1,4.")
+@click.option("--pipeline", "pipelines", multiple=True, help=f"{PIPELINE_HELP} May be repeated.")
+@click.option(
+    "--backend", type=_NAMES, multiple=True, help=f"Backends to compare; {_default('backend')}."
+)
+@click.option("--batch", type=_INTEGERS, multiple=True, help=f"Sequences; {_default('batch')}.")
 @click.option("--heads", type=_INTEGERS, multiple=True, help="Query heads; 32 if not given.")
 @click.option("--kv-heads", type=_INTEGERS, multiple=True, help="KV heads; 8 if not given.")
-@click.option("--keys", type=_INTEGERS, multiple=True, help="Keys, such as 32768,131072.")
-@click.option("--head-dim", type=_INTEGERS, multiple=True, help="128 if not given.")
+@click.option("--keys", type=_INTEGERS, multiple=True, help=f"Keys; {_default('keys')}.")
+@click.option(
+    "--head-dim", type=_INTEGERS, multiple=True, help="Channels per head; 128 if not given."
+)
 @click.option("--query-len", type=_INTEGERS, multiple=True, help="Query rows; 1 if not given.")
-@click.option("--dtype", type=_NAMES, multiple=True, help="bfloat16, float16 or float32.")
+@click.option(
+    "--dtype",
+    type=_NAMES,
+    multiple=True,
+    help=f"bfloat16, float16 or float32; {_default('dtype')}.",
+)
 @click.option("--device", help="Such as cpu or cuda; CUDA if there is one.")
-@click.option("--rounds", type=click.IntRange(min=1), help="Interleaved rounds that count.")
-@click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    help=f"Interleaved rounds that count; {_default('rounds')}.",
+)
+@click.option(
+    "--warmup", type=click.IntRange(min=0), default=2, help="Rounds before these that do not."
+)
 @click.option("--cold/--no-cold", default=True, help="On a GPU, also with a swept L2 cache.")
 @click.option("--model", help="Measure whole decode steps of this model.")
 @click.option("--model-shape", help="The same with random weights, such as llama-3.1-8b.")
-@click.option("--layers", type=click.IntRange(min=1), help="Layers to keep of --model-shape.")
-@click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True)
-@click.option("--new-tokens", type=click.IntRange(min=1), default=32, show_default=True)
-@click.option("--output", type=click.Path(path_type=Path), help="Folder for JSON and plot.")
+@click.option(
+    "--layers", type=click.IntRange(min=1), help="Layers to keep of --model-shape; else all."
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    default=4096,
+    help="Tokens in the cache before whole decode steps.",
+)
+@click.option(
+    "--new-tokens", type=click.IntRange(min=1), default=32, help="Decode steps per round."
+)
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder for JSON and plot; else none."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON in place of tables.")
 @click.option("--no-plot", is_flag=True, help="Draw no plot.")
 @plugin_option
@@ -114,8 +150,8 @@ def profile(
     if output is not None:
         report.prepare(output)
 
-    def begin(what: object) -> None:
-        click.echo(f"measuring {what}", err=True)
+    def begin(what: str) -> None:
+        click.echo(what, err=True)
 
     copy = measure_copy(plan.device, plan.rounds)
     rows = list(plan.measure(copy, begin))

@@ -6,28 +6,54 @@ from typing import Any
 
 import click
 
-from ..options import debug_option, plugin_option
+from ..options import (
+    DEVICE_HELP,
+    DTYPE_HELP,
+    MODEL_HELP,
+    PIPELINE_HELP,
+    debug_option,
+    plugin_option,
+)
 
 
 @click.command()
 @click.argument("experiment", required=False, type=click.Path())
-@click.option("--model", "models", multiple=True, help="Alias, hub id, folder or GGUF file.")
-@click.option("--pipeline", "pipelines", multiple=True, help="Such as 'sink(128) | local(128)'.")
+@click.option("--model", "models", multiple=True, help=MODEL_HELP)
+@click.option("--pipeline", "pipelines", multiple=True, help=PIPELINE_HELP)
 @click.option("--benchmark", "benchmarks", multiple=True, help="Such as 'niah(lengths=[1024])'.")
-@click.option("--task", "--tasks", "tasks", multiple=True, help="Only these, such as 'niah_*'.")
+@click.option(
+    "--task", "--tasks", "tasks", multiple=True, help="Only these, such as 'niah_*'; else all."
+)
 @click.option("--data-dir", help="Folder with the data of benchmarks, in place of the hub.")
-@click.option("--limit", type=int, help="Examples per task, spread over it.")
-@click.option("--max-context-length", type=int, help="The most tokens of a prompt.")
-@click.option("--max-new-tokens", type=int, help="Tokens of an answer, for all benchmarks.")
-@click.option("--seed", type=int, help="Seed of the examples.")
-@click.option("--dtype", help="Of the weights: float32, bfloat16, float16 or auto.")
-@click.option("--device", help="Such as cpu or cuda:0.")
-@click.option("--backend", help="For pipelines that name none.")
+@click.option("--limit", type=int, help="Examples per task, spread over it; else all.")
+@click.option(
+    "--max-context-length",
+    type=int,
+    help="The most tokens of a prompt; else those that the model takes.",
+)
+@click.option(
+    "--max-new-tokens", type=int, help="Tokens of an answer; else what each benchmark prescribes."
+)
+@click.option("--seed", type=int, help="Seed of the examples; 0 if not given.")
+@click.option("--dtype", help=DTYPE_HELP)
+@click.option("--device", help=DEVICE_HELP)
+@click.option("--backend", help="For pipelines that name none; auto if not given.")
 @click.option("--adapter", help="What runs the models; hf if not given.")
-@click.option("--metric", "metrics", multiple=True, help="Such as 'output-error(every=8)'.")
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    help="Such as 'output-error(every=8)'; density if not given.",
+)
 @click.option("--timed-samples", type=int, help="Samples per cell that are timed; 8 if not given.")
 @click.option("--output", type=click.Path(file_okay=True), help="Folder; results if not given.")
-@click.option("--set", "settings", multiple=True, metavar="BENCHMARK.PARAM=VALUE")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="BENCHMARK.PARAM=VALUE",
+    help="Another value for a parameter of a benchmark, such as niah.samples=2.",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would run and what is there already.")
 @click.option("--no-progress", is_flag=True, help="Show no progress.")
 @click.option("--rerun-failed", is_flag=True, help="Try cells again that failed before.")
@@ -44,7 +70,8 @@ def run(
     """Run an EXPERIMENT file, or what the flags say, and compare the results.
 
     A flag replaces what the file says. A killed run goes on at the next sample when it is started
-    again; cells that are done are not run again.
+    again; cells that are done are not run again. --model, --pipeline, --benchmark, --task, --metric
+    and --set may be repeated.
     """
     from ..documents import load_document
     from ..experiment import resolve

@@ -27,15 +27,20 @@ def verify() -> None:
 
 @verify.command("maskers")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option("--backend", "backends", multiple=True, help="Only this backend; may be repeated.")
-@click.option("--device", default="cpu", show_default=True, help="Where the cases run.")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    help="Only this backend, not all that can run here; may be repeated.",
+)
+@click.option("--device", default="cpu", help="Where the cases run.")
 @plugin_option
 @debug_option
 def maskers(paths: tuple[str, ...], backends: tuple[str, ...], device: str) -> None:
-    """Check maskers and backends on golden cases: files, or folders that hold some.
+    """Check maskers and backends on golden cases.
 
-    One line per file and backend: passed, failed or skipped, with the reason. The exit code is 1 if
-    any failed.
+    PATH is a safetensors file, or a folder that holds some. One line per file and backend: passed,
+    failed or skipped, with the reason. The exit code is 1 if any failed.
     """
     from sah_core.testing.golden import run_maskers
 
@@ -56,10 +61,10 @@ def maskers(paths: tuple[str, ...], backends: tuple[str, ...], device: str) -> N
 @plugin_option
 @debug_option
 def metrics(paths: tuple[str, ...], verbose: bool) -> None:
-    """Check metrics on golden cases: JSON files, or folders that hold some.
+    """Check metrics on golden cases.
 
-    One line per file: passed, failed or skipped, with how many cases and the reason. The exit code
-    is 1 if any failed.
+    PATH is a JSON file, or a folder that holds some. One line per file: passed, failed or skipped,
+    with how many cases and the reason. The exit code is 1 if any failed.
     """
     from sah_core.testing.golden_metrics import run_metrics
 

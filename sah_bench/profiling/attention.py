@@ -54,18 +54,18 @@ class Plan:
         """What was measured, for JSON."""
         return {"kind": "attention"}
 
-    def measure(self, copy: Copy, begin: Callable[[object], None]) -> Iterator[Row]:
+    def measure(self, copy: Copy, begin: Callable[[str], None]) -> Iterator[Row]:
         """Measure shape by shape.
 
         Args:
             copy: The bandwidth of the device.
-            begin: Told what starts.
+            begin: Told what is being done.
 
         Yields:
             The rows of a shape, once it is done.
         """
         for shape in self.shapes:
-            begin(shape)
+            begin(f"measuring {shape}")
             try:
                 rows = measure_shape(self, shape, copy)
             except Exception as error:  # running out of memory shows as whatever torch raises

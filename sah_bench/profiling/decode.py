@@ -58,12 +58,12 @@ class DecodePlan:
     rounds: int
     warmup: int
 
-    def measure(self, copy: Copy, begin: Callable[[object], None]) -> list[DecodeRow]:
+    def measure(self, copy: Copy, begin: Callable[[str], None]) -> list[DecodeRow]:
         """Measure dense and every pipeline on every backend.
 
         Args:
             copy: The bandwidth of the device.
-            begin: Told what starts.
+            begin: Told what is being done.
         """
         return measure_decode(self, copy, begin)
 
@@ -90,17 +90,15 @@ class DecodePlan:
 
 
 @torch.no_grad()
-def measure_decode(
-    plan: DecodePlan, copy: Copy, begin: Callable[[object], None]
-) -> list[DecodeRow]:
+def measure_decode(plan: DecodePlan, copy: Copy, begin: Callable[[str], None]) -> list[DecodeRow]:
     """Measure dense and every pipeline on every backend.
 
     Args:
         plan: What to measure.
         copy: The bandwidth of the device.
-        begin: Told what starts.
+        begin: Told what is being done.
     """
-    begin("building the model")
+    begin(f"loading {plan.model or plan.shape}")
     adapter = load(plan)
     for _, pipeline in plan.pipelines:
         check_layers(pipeline, len(compat.layer_types(adapter.model)))
@@ -111,7 +109,7 @@ def measure_decode(
     loops: list[tuple[DecodeRow, Steps]] = []
     for row, pipeline in planned:
         row.bandwidth, row.weight_bytes = copy.bandwidth, weights
-        begin(f"{row.name} on {row.requested}")
+        begin(f"measuring {row.name} on {row.requested}")
         try:
             loops.append((row, eager_steps(row, pipeline, adapter, plan, context)))
         except Exception as error:  # one pipeline must not take the others down
@@ -123,9 +121,9 @@ def measure_decode(
     for row, pipeline in planned:
         if id(row) in alive:
             release(plan.device)
-            begin(f"{row.name} on {row.requested}, captured")
+            begin(f"measuring {row.name} on {row.requested}, captured")
             time_captured(row, pipeline, adapter, plan, context)
-    begin("dense, graphs of a fixed length")
+    begin("measuring dense, graphs of a fixed length")
     rows = [row for row, _ in planned]
     for row in rows[:2]:
         release(plan.device)

@@ -110,6 +110,48 @@ def invoke(*arguments):
     return CliRunner().invoke(cli.main, ["artifacts", *map(str, arguments)])
 
 
+PLUGIN = """
+import attrs
+from sah_core import Masker, hookimpl
+from sah_core.artifacts import ConvertTool
+
+@attrs.frozen(kw_only=True)
+class Copy(ConvertTool):
+    "Copy a file."
+
+    def make(self, source, output):
+        output.write_bytes(source.read_bytes())
+        return {}
+
+@attrs.frozen(kw_only=True)
+class Copied(Masker):
+    "Select nothing."
+    name = "copied"
+    artifact_tools = {"convert": Copy}
+
+    def add_mask(self, inputs, previous):
+        return previous
+
+@hookimpl
+def sah_masker():
+    return Copied
+"""
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_plugin_file_brings_its_tools(tmp_path, place):
+    plugin, source, output = (tmp_path / name for name in ("plugin.py", "source", "output"))
+    plugin.write_text(PLUGIN)
+    source.write_text("words")
+    words = ["convert", "copied", source, "--output", output]
+    try:
+        result = invoke(*words[:place], "--plugin", plugin, *words[place:])
+    finally:
+        registry.unload_file(plugin)
+    assert result.exit_code == 0, result.output
+    assert output.read_text() == "words"
+
+
 def refused(*arguments):
     result = invoke(*arguments)
     assert result.exit_code == 2

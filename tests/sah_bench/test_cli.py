@@ -51,6 +51,44 @@ def test_help_shows_the_help_of_every_command():
         assert re.search(rf"^  {name} +{re.escape(line)}$", text, re.MULTILINE)
 
 
+def commands(command=cli.main, path=()):
+    """Every command below the main one, with the words that call it."""
+    context = click.Context(command)
+    for name in command.list_commands(context):
+        found = command.get_command(context, name)
+        yield (*path, name), found
+        if isinstance(found, click.Group):
+            yield from commands(found, (*path, name))
+
+
+def test_every_option_has_a_help_text_and_says_what_it_is_if_not_given():
+    for words, command in commands():
+        for option in command.params:
+            if not isinstance(option, click.Option):
+                continue
+            where = f"{' '.join(words)} {option.opts[0]}"
+            assert option.help, f"{where} has no help"
+            assert option.help.endswith("."), f"{where}: {option.help}"
+    text = invoke("ask", "--help").output
+    assert re.search(r"--seed INTEGER RANGE +Seed of sampled answers. +\[default: 0; x>=0\]", text)
+
+
+def test_lines_about_subcommands_are_whole_at_80_columns():
+    for words, command in commands():
+        if isinstance(command, click.Group):
+            text = invoke(*words, "--help").output
+            assert "..." not in text.partition("Commands:")[2], f"{' '.join(words)}:\n{text}"
+
+
+def test_nothing_is_coloured_where_no_color_is_set(monkeypatch):
+    shown = CliRunner().invoke(cli.main, ["plugins", "check", "sink"], color=True)
+    assert "\x1b[32mpassed" in shown.output
+    monkeypatch.setenv("NO_COLOR", "1")
+    shown = CliRunner().invoke(cli.main, ["plugins", "check", "sink"], color=True)
+    assert "\x1b" not in shown.output
+    assert "passed" in shown.output
+
+
 def test_version_is_that_of_the_distribution():
     assert re.fullmatch(r"sah-bench \d+\.\d+\.\d+\S*\n", invoke("--version").output)
 
@@ -131,11 +169,13 @@ def test_debug_may_stand_behind_the_command():
     assert type(result.exception).__name__ == "ExperimentError"
 
 
-def test_interrupt_exits_with_130_and_says_that_samples_are_kept(failing):
+@pytest.mark.parametrize("name", ["run", "ask", "profile"])
+def test_interrupt_exits_with_130_and_says_whether_anything_is_kept(failing, name):
     failing(KeyboardInterrupt())
-    result = invoke("env")
+    result = invoke(name)
     assert result.exit_code == 130
-    assert "finished samples are kept" in result.stderr
+    kept = " finished samples are kept: the same command goes on from there."
+    assert result.stderr == f"\ninterrupted.{kept if name == 'run' else ''}\n"
 
 
 @pytest.mark.integration

@@ -263,7 +263,9 @@ def test_a_refused_pipeline_is_no_fault(monkeypatch):
 def test_bad_input_is_one_line_and_exit_code_2(arguments, line):
     result = invoke(*arguments)
     assert result.exit_code == 2, result.output
-    (error,) = [text for text in result.stderr.splitlines() if not text.startswith("measuring")]
+    (error,) = [
+        text for text in result.stderr.splitlines() if not text.startswith(("measuring", "loading"))
+    ]
     assert error.startswith(f"error: {line}")
     assert not result.stdout
 
