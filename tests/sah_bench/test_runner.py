@@ -16,7 +16,7 @@ from sah_bench.identity import cell_identity
 from sah_bench.plan import planned_cells
 from sah_bench.progress import Silent
 from sah_bench.runner import exit_code, run_experiment
-from sah_core import registry
+from sah_core import Protocol, registry
 from sah_core.errors import ModelNotFoundError
 
 pytestmark = pytest.mark.unit
@@ -361,6 +361,23 @@ def test_what_makes_another_cell(experiment, change, is_same):
     [first] = run(experiment(pipelines=[SPARSE]))
     [second] = run(experiment(**{"pipelines": [SPARSE], **change}))
     assert (first.folder == second.folder) is is_same
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "value"),
+    [
+        ("Quiz", "revision", lambda self: "2"),
+        ("Quiz", "protocol", Protocol(chat=False, version="2")),
+        ("FakeAdapter", "identity", lambda self: {"weights": "v" * 8, "dtype": self.dtype}),
+    ],
+)
+def test_other_data_another_protocol_and_other_weights_make_another_cell(
+    experiment, fakes, monkeypatch, what, name, value
+):
+    [first] = run(experiment(pipelines=[SPARSE]))
+    monkeypatch.setattr(getattr(fakes, what), name, value)
+    [second] = run(experiment(pipelines=[SPARSE]))
+    assert first.folder != second.folder
 
 
 def test_more_tasks_leave_the_results_of_the_others(experiment, fakes, monkeypatch):

@@ -121,6 +121,19 @@ def test_torn_end_of_samples_is_cut_off(start, torn):
     assert path.read_bytes() == whole
 
 
+def test_a_line_that_lacks_its_end_alone_is_torn(start):
+    cell = start()
+    cell.append(sample("a"))
+    cell.append(sample("b"))
+    path = cell.folder / "samples.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    again = start()
+    assert again.ids == {"a"}
+    again.append(sample("b"))
+    assert path.read_bytes() == whole
+
+
 def test_lines_of_a_sample_that_was_not_kept_are_cut_off(start):
     cell = start()
     cell.append(sample("a"))

@@ -120,15 +120,16 @@ def test_everything_is_everything():
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("foreign", [False, True])
-def test_rows_are_a_slice(case, foreign):
+@pytest.mark.parametrize("step", [1, 2])
+def test_rows_are_a_slice(case, foreign, step):
     keep = definition(**case)
     if foreign:
         keep[..., ::2] = False
     allowed = Allowed.from_dense(keep) if foreign else make(**case)
     end = case["query_len"]
     begin = end // 2
-    rows = allowed.rows(begin, end)
-    part = keep[:, :, begin:end]
+    rows = allowed.rows(begin, end, step)
+    part = keep[:, :, begin:end:step]
     assert torch.equal(rows.to_dense(case["key_len"]).expand(part.shape), part)
     assert torch.equal(rows.first, allowed.first)
     assert rows.bounds[1] == rows.stop[:, 0].tolist()

@@ -61,6 +61,10 @@ def test_rows_keep_the_keys_and_their_positions(captured):
     assert rows.query_position.tolist() == [[6, 7, 8]]
     assert rows.rows(1, 2).query_position.tolist() == [[7]]
     assert torch.equal(rows.allowed.stop, inputs.allowed.stop[:, :, 1:4])
+    every_other = inputs.rows(0, 5, 2)
+    assert torch.equal(every_other.query, inputs.query[:, :, ::2])
+    assert every_other.query_position.tolist() == [[5, 7, 9]]
+    assert torch.equal(every_other.allowed.stop, inputs.allowed.stop[:, :, ::2])
 
 
 def test_rows_keep_their_positions_when_something_else_is_replaced():

@@ -276,12 +276,15 @@ def test_the_density_where_nothing_is_allowed_is_zero():
 
 
 @pytest.mark.parametrize("name", PARTS)
-@pytest.mark.parametrize(("begin", "end"), [(0, 2), (1, 2), (0, 1), (0, 0)])
-def test_rows_are_a_slice(name, begin, end):
+@pytest.mark.parametrize(
+    ("begin", "end", "step"), [(0, 2, 1), (1, 2, 1), (0, 1, 1), (0, 0, 1), (0, 2, 2), (0, 2, 3)]
+)
+def test_rows_are_a_slice(name, begin, end, step):
     mask = part(name) | part("range", 4)
-    rows = mask.rows(begin, end)
-    assert rows.shape == (2, 4, end - begin, KEYS)
-    assert torch.equal(rows.to_dense(), mask.to_dense()[:, :, begin:end])
+    rows = mask.rows(begin, end, step)
+    expected = mask.to_dense()[:, :, begin:end:step]
+    assert rows.shape == tuple(expected.shape)
+    assert torch.equal(rows.to_dense(), expected)
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -230,6 +230,23 @@ def test_a_restored_snapshot_behaves_as_if_nothing_had_come_after_it():
     assert torch.equal(got, expected(masker, query, key, allowed))
 
 
+def test_a_snapshot_taken_right_after_a_restore_is_that_of_the_same_place():
+    masker = Quest(heavy_size=0.4, page_size=8)
+    query, key, allowed, _ = case()
+    context = key[:, :, :43]
+    state = masker.init_state(layer_info(key))
+    masker.append(state, context, context, 0)
+    token = state.snapshot()
+    for start in (43, 43):
+        other = torch.randn(key.shape[0], 2, 11, 8) * 9
+        masker.append(state, other, other, start)
+        state.restore(token)
+        token = state.snapshot()
+    masker.append(state, key[:, :, 43:], key[:, :, 43:], 43)
+    got = chosen(masker, query, key, allowed, state)
+    assert torch.equal(got, expected(masker, query, key, allowed))
+
+
 def test_pages_that_earlier_steps_selected_are_ranked_too():
     masker = Quest(heavy_size=8, page_size=4)
     query, key, allowed, _ = case()
