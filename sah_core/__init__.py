@@ -1,7 +1,7 @@
 """The core of Sparse Attention Hub: masks, maskers, pipelines, backends, plugins.
 
-Everything public can be imported from here. Names are loaded on first use, so that
-``from sah_core import registry`` does not import torch.
+What programs and plugins start from can be imported from here; ``docs/python.md`` lists it. Names
+are loaded on first use, so that ``from sah_core import registry`` does not import torch.
 """
 
 from importlib import import_module
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from .backend import Backend, Problem
     from .benchmark import Benchmark, DataSource, Example, Protocol, TaskInfo
     from .errors import (
+        ArtifactError,
         BrokenPluginError,
         ContextTooLongError,
         DataError,
         ExperimentError,
+        IncompatiblePluginError,
         MissingLibraryError,
         MissingParameterError,
         ModelNotFoundError,
@@ -29,11 +31,13 @@ if TYPE_CHECKING:
         PipelineSyntaxError,
         PluginConflictError,
         PluginDisabledError,
+        PluginFileError,
         RequestError,
         SahError,
         UnknownParameterError,
         UnknownPluginError,
         UnsupportedError,
+        UnusablePluginsError,
     )
     from .hookspecs import hookimpl
     from .inputs import Inputs
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from .masker import Capabilities, Masker
     from .measure import AttentionMetric
     from .metric import Metric, MetricCall
+    from .models import ModelSource
     from .ops import Ops
     from .parameters import Size, param
     from .patching import attach
@@ -51,6 +56,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Allowed",
+    "ArtifactError",
     "AttentionMetric",
     "Backend",
     "Benchmark",
@@ -61,6 +67,7 @@ __all__ = [
     "DataSource",
     "Example",
     "ExperimentError",
+    "IncompatiblePluginError",
     "Inputs",
     "KeyRange",
     "Mask",
@@ -70,6 +77,7 @@ __all__ = [
     "MissingLibraryError",
     "MissingParameterError",
     "ModelNotFoundError",
+    "ModelSource",
     "Ops",
     "OutputFolderError",
     "ParameterError",
@@ -78,6 +86,7 @@ __all__ = [
     "PipelineSyntaxError",
     "PluginConflictError",
     "PluginDisabledError",
+    "PluginFileError",
     "Problem",
     "Protocol",
     "Registry",
@@ -94,6 +103,7 @@ __all__ = [
     "UnknownParameterError",
     "UnknownPluginError",
     "UnsupportedError",
+    "UnusablePluginsError",
     "attach",
     "hookimpl",
     "param",
@@ -114,6 +124,7 @@ _MODULES = {
     "Masker": "masker",
     "Metric": "metric",
     "MetricCall": "metric",
+    "ModelSource": "models",
     "Ops": "ops",
     "Pipeline": "pipeline",
     "Problem": "backend",

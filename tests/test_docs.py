@@ -45,11 +45,31 @@ def test_every_masker_has_a_page_with_its_parameters_and_their_defaults(name: st
     assert shown == declared
 
 
-def test_links_of_the_documentation_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", prose):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+def prose_of(page: Path) -> str:
+    """The text of a page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What links to the headings of a page end in."""
+    headings = re.findall(r"^#+ (.+)$", prose_of(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "plugins_contrib").rglob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_the_documentation_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", prose_of(page)):
+        linked = page.parent / target if target else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors_of(linked), f"{page.name} links to {target}#{anchor}"
 
 
 def test_every_hook_and_its_arguments_are_documented() -> None:
@@ -65,6 +85,25 @@ def test_every_hook_and_its_arguments_are_documented() -> None:
             if hook.startswith("sah_"):
                 arguments = [a for a in inspect.signature(function).parameters if a != "self"]
                 assert f"`{hook}({', '.join(arguments)})`" in text
+
+
+def test_every_name_of_the_core_is_documented() -> None:
+    import sah_core
+
+    text = (ROOT / "docs" / "python.md").read_text()
+    tables, _, errors = text.partition("## Errors")
+    named = re.findall(r"^\| (`[^|]+`) \|", tables, re.M)
+    shown = [name for cell in named for name in re.findall(r"`(\w+)`", cell)]
+    shown += [name for name in re.findall(r"`(\w+)`", errors) if name != "SahError"]
+    assert sorted([*shown, "SahError"]) == sorted(sah_core.__all__)
+
+
+def test_every_error_can_be_imported_from_the_core() -> None:
+    import sah_core
+    from sah_core import errors
+
+    known = {name for name in errors.__all__ if name.endswith("Error")}
+    assert known == {name for name in sah_core.__all__ if name.endswith("Error")}
 
 
 def test_every_error_has_a_section_with_an_example() -> None:
