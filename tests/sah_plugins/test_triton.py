@@ -365,6 +365,41 @@ def test_page_scores_are_those_of_the_reference(ops, reduction, bits):
     torch.testing.assert_close(got, REFERENCE.page_scores(query, low, high, reduction, bits))
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "max"])
+def test_keys_of_equal_products_have_equal_scores(ops, reduction):
+    # sums that are exact, and a scaling that is not: scaled before they are added up, keys of equal
+    # products would be told apart by rounding, and the lower index would not win
+    torch.manual_seed(0)
+    scaling, heads, kv_heads = 24**-0.5, 6, 2
+    query = torch.randint(0, 4, (1, heads, 2, 24)).float()
+    key = torch.randint(0, 2, (1, kv_heads, 90, 24)).float()
+    for rows in (query, key):  # 4 bits hold such rows as they are
+        rows[..., :2] = torch.tensor([0.0, 15.0])
+    everywhere = torch.arange(90, dtype=torch.int32).expand(1, kv_heads, 2, 90).contiguous()
+    channels = torch.arange(12).expand(kv_heads, 12)
+    words, affine = torch.zeros(1, kv_heads, 90, 2, dtype=torch.int32), torch.zeros(1, 2, 90, 2)
+    ops.label_update(words, affine, key, channels, 0, 4)
+    labels = key[..., :12].contiguous()
+
+    def products(count):
+        each = query.unflatten(1, (kv_heads, 3))[..., :count] @ key[:, :, None, :, :count].mT
+        reduced = {"none": each.flatten(1, 2), "max": each.amax(2)}
+        return reduced.get(reduction, each.sum(2))
+
+    found = [
+        (ops.label_scores(query, channels, *how, scaling, kv_heads, reduction), products(12))
+        for how in ((words, affine, 4), (labels, None, 16))
+    ]
+    found.append((ops.page_scores(query, key, key, reduction), products(24)))
+    if reduction == "none":
+        found.append((ops.logits(query, key, scaling), products(24)))
+        found.append((ops.logits_at(query, key, everywhere, scaling), products(24)))
+    for scores, right in found:
+        for row, wanted in zip(scores.flatten(0, 2), right.flatten(0, 2), strict=True):
+            assert len(wanted.unique()) < 60  # there are ties
+            assert torch.equal(*(values.unique(return_inverse=True)[1] for values in (row, wanted)))
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_logits_are_those_of_the_reference(ops, softcap):
     inputs = call(heads=6, query_len=3, dim=24, key_len=140)

@@ -62,13 +62,13 @@ def _gathered(
         q = tl.load(mine + dim * q_sd, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
         if COSINE:
             q = q / tl.maximum(tl.sqrt(tl.sum(q * q)), 1e-12)
-        else:
-            q = q * scale
         dot = tl.sum(keys * q[None, :], 1)
         if COSINE:
             dot = tl.where(length > 0, dot / tl.where(length > 0, length, 1.0), 0.0)
             dot = tl.minimum(tl.maximum(dot, -1.0), 1.0)
         else:
+            # scaled after the sum, so that keys of equal products stay equal
+            dot = dot * scale
             if HAS_CAP:
                 dot = softcap - 2.0 * softcap / (tl.exp2(dot * (2.0 * LOG2E / softcap)) + 1.0)
             dot = tl.where(there, dot, float("-inf"))

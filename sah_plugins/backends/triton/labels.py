@@ -35,7 +35,7 @@ def _shared(joined, SHARE: tl.constexpr, REDUCTION: tl.constexpr):
 @triton.jit(do_not_specialize=["keys"])
 def _label_scores(
     rows, labels, affine, scores, groups, lines, keys,
-    l_sb, l_sh, l_sk, a_sb, a_sh, a_sk, a_si,
+    l_sb, l_sh, l_sk, a_sb, a_sh, a_sk, a_si, scale,
     TILE: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr,
     OWN_LABELS: tl.constexpr, REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,8 @@ def _label_scores(
         score = score * step[None, :] + whole[:, None] * least[None, :]
         joined = _joined(joined, score, REDUCTION)
     out = scores + ((b * groups + group) * lines + line)[:, None] * keys + at[None, :]
-    joined = _shared(joined, SHARE, REDUCTION)
+    # scaled after the sums, so that keys of equal products stay equal
+    joined = _shared(joined, SHARE, REDUCTION) * scale
     tl.store(out, joined, mask=present[:, None] & inside[None, :])
 
 
@@ -217,6 +218,7 @@ def label_scores(
     labels: Tensor,
     affine: Tensor,
     width: int,
+    scale: float,
     kv_heads: int,
     reduction: str = "none",
 ) -> Tensor:
@@ -228,6 +230,7 @@ def label_scores(
         labels: int32 ``(batch, label_heads, key_len, words)``; see `Ops.label_update`.
         affine: Step and minimum ``(batch, label_heads, key_len, 2)``.
         width: Bits of a code's field.
+        scale: Factor on the scores.
         kv_heads: KV heads, of which the query heads form groups.
         reduction: As in `Ops.label_scores`.
     """
@@ -243,7 +246,7 @@ def label_scores(
     grid = (-(-keys // block), batch * groups, -(-lines // tile))
     _label_scores[grid](
         rows.contiguous(), labels, affine, scores, groups, lines, keys,
-        *labels.stride()[:3], *affine.stride(),
+        *labels.stride()[:3], *affine.stride(), scale,
         TILE=tile, COUNT=count, WIDTH=width, SHARE=share, OWN_LABELS=own, REDUCTION=reduction,
         BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -233,18 +233,15 @@ class TritonOps(Ops):
                 query, channels, labels, affine, bits, scaling, kv_heads, reduction
             )
         linear = reduction in ("sum", "mean") and labels.shape[1] == kv_heads
+        factor = scaling * kv_heads / query.shape[1] if linear and reduction == "mean" else scaling
         if affine is not None:
-            how = reduction if linear else "none"
-            rows = queries.label_rows(query, channels, bits, scaling, kv_heads, how)
-            return codes.label_scores(
-                rows, labels, affine, code_width(bits), kv_heads, "none" if linear else reduction
-            )
-        rows = channels_of(query, channels).float() * scaling
-        if linear:
             # the heads that share labels are added up first
-            rows = rows.unflatten(1, (kv_heads, -1))
-            rows = rows.sum(dim=2) if reduction == "sum" else rows.mean(dim=2)
-        return pages.logits(rows.to(labels.dtype), labels, 1.0)
+            rows = queries.label_rows(query, channels, bits, kv_heads if linear else query.shape[1])
+            how = "none" if linear else reduction
+            return codes.label_scores(rows, labels, affine, code_width(bits), factor, kv_heads, how)
+        rows = channels_of(query, channels).float()
+        rows = rows.unflatten(1, (kv_heads, -1)).sum(dim=2) if linear else rows
+        return pages.logits(rows.to(labels.dtype), labels, factor)
 
     def signatures(self, rows: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """A program reads the weights of a head once and keeps what lies between them."""

@@ -76,9 +76,9 @@ def _signatures(
 
 @triton.jit
 def _label_rows(
-    query, channels, rows, lists, scaling, kv_heads, query_len, q_sb, q_sh, q_sr, q_sd,
+    query, channels, rows, lists, kv_heads, query_len, q_sb, q_sh, q_sr, q_sd,
     COUNT: tl.constexpr, COUNT_BLOCK: tl.constexpr, OWN: tl.constexpr, SHARE: tl.constexpr,
-    SHARE_BLOCK: tl.constexpr, MEAN: tl.constexpr, LEVELS: tl.constexpr,
+    SHARE_BLOCK: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
     b = (tl.program_id(1) // query_len).to(tl.int64)
@@ -90,10 +90,8 @@ def _label_rows(
     channel = tl.load(channels + (head // OWN)[:, None] * COUNT + at[None, :], mask=there, other=0)
     spot = head.to(tl.int64)[:, None] * q_sh + channel * q_sd
     value = tl.load(query + b * q_sb + row * q_sr + spot, mask=there, other=0.0)
-    value = _rounded(value, at, COUNT, LEVELS) * scaling
+    value = _rounded(value, at, COUNT, LEVELS)
     joined = tl.sum(tl.where(there, value, 0.0), 0)
-    if MEAN:
-        joined = tl.math.div_rn(joined, tl.full(joined.shape, SHARE, tl.float32))
     out = rows + ((b * kv_heads + group) * query_len + row) * COUNT
     tl.store(out + at, joined, mask=at < COUNT)
 
@@ -125,29 +123,25 @@ def signature_update(
     )  # fmt: skip
 
 
-def label_rows(
-    query: Tensor,
-    channels: Tensor,
-    bits: int,
-    scaling: float,
-    kv_heads: int,
-    reduction: str = "none",
-) -> Tensor:
-    """The channels that labels hold of each query, rounded and scaled; those of a KV group added
-    up or averaged, unless ``reduction`` is none.
+def label_rows(query: Tensor, channels: Tensor, bits: int, out: int) -> Tensor:
+    """The channels that labels hold of each query, rounded, those of each group of heads added up.
+
+    Args:
+        query: ``(batch, heads, query_len, head_dim)``.
+        channels: See `sah_core.ops.Ops.label_scores`.
+        bits: Bits per channel.
+        out: Groups: as many as heads, or KV heads.
 
     Returns:
-        float32 ``(batch, heads | kv_heads, query_len, channels)``.
+        float32 ``(batch, out, query_len, channels)``.
     """
     batch, heads, query_len, _ = query.shape
     lists, count = channels.shape
-    out = heads if reduction == "none" else kv_heads
     share = heads // out
     rows = torch.empty((batch, out, query_len, count), dtype=torch.float32, device=query.device)
     _label_rows[(out, batch * query_len)](
-        query, channels.contiguous(), rows, lists, scaling, out, query_len, *query.stride(),
+        query, channels.contiguous(), rows, lists, out, query_len, *query.stride(),
         COUNT=count, COUNT_BLOCK=triton.next_power_of_2(count), OWN=heads // lists, SHARE=share,
-        SHARE_BLOCK=triton.next_power_of_2(share), MEAN=reduction == "mean",
-        LEVELS=2**bits - 1, num_warps=1,
+        SHARE_BLOCK=triton.next_power_of_2(share), LEVELS=2**bits - 1, num_warps=1,
     )  # fmt: skip
     return rows
