@@ -74,6 +74,25 @@ def cell_folders(paths: Sequence[str | Path]) -> list[Path]:
     return found
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    """Return what config.json says a cell is.
+
+    Raises:
+        RequestError: It does not say it.
+    """
+    config = read_json(folder / CONFIG) or {}
+    identity = config.get("identity")
+    benchmark = identity.get("benchmark") if isinstance(identity, dict) else None
+    if not (isinstance(benchmark, dict) and {"name", "parameters"} <= benchmark.keys()) or not (
+        {"benchmark", "task"} <= config.keys()
+    ):
+        raise RequestError(
+            f"{str(folder / CONFIG)!r} does not say what was run: restore it, or delete the folder "
+            "and run it again"
+        )
+    return config
+
+
 def rescore(folders: Sequence[Path], metric: str | None = None) -> Iterator[Rescored]:
     """Score cells again.
 
@@ -86,16 +105,17 @@ def rescore(folders: Sequence[Path], metric: str | None = None) -> Iterator[Resc
     """
     scorer = None if metric is None else find_scorer(metric)
     for folder in folders:
-        config = read_json(folder / CONFIG) or {}
-        label = ", ".join(
-            str(part)
-            for part in (
-                config.get("model"),
-                f"{config.get('benchmark')} {config.get('task')}",
-                config.get("label", config.get("pipeline")),
-            )
-        )
+        label = str(folder)
         try:
+            config = config_of(folder)
+            label = ", ".join(
+                str(part)
+                for part in (
+                    config.get("model"),
+                    f"{config['benchmark']} {config['task']}",
+                    config.get("label", config.get("pipeline")),
+                )
+            )
             if scorer is None or metric is None:
                 yield _by_benchmark(folder, label, config)
             else:

@@ -22,22 +22,22 @@ def export(results: tuple[str, ...], output: str) -> None:
     with all their examples. The form of the file is the benchmark's.
     """
     from sah_core import registry
-    from sah_core.errors import RequestError
+    from sah_core.errors import OutputFolderError, RequestError
     from sah_core.parameters import from_plain
 
-    from ..json_files import read_json, read_rows
-    from ..rescoring import cell_folders
-    from ..store import CONFIG, SAMPLES
+    from ..json_files import read_rows
+    from ..rescoring import cell_folders, config_of
+    from ..store import SAMPLES
 
     predictions: dict[str, dict[str, str]] = {}
     subjects: dict[str, dict[str, Any]] = {}
     for folder in cell_folders(results):
-        config = read_json(folder / CONFIG) or {}
+        config = config_of(folder)
         identity = config["identity"]["benchmark"]
         pipeline = config.get("label", config.get("pipeline"))
         subjects[f"{config.get('model')}, {config['benchmark']}, {pipeline}"] = identity
         task = str(config["task"])
-        _check_complete(folder, task)
+        _check_complete(folder, f"{config['benchmark']} {task}")
         if task in predictions and len(subjects) == 1:
             raise RequestError(f"{task} is there twice, under other settings: name one of the runs")
         rows = read_rows(folder / SAMPLES)
@@ -50,7 +50,10 @@ def export(results: tuple[str, ...], output: str) -> None:
     [identity] = subjects.values()
     benchmark = from_plain(registry.benchmarks[identity["name"]], identity["parameters"])
     text = benchmark.submission(predictions)
-    Path(output).write_text(text, encoding="utf-8")
+    try:
+        Path(output).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputFolderError(output, error.strerror or str(error)) from error
     counts = ", ".join(f"{task} {len(answers)}" for task, answers in predictions.items())
     click.echo(f"predictions written to {output}: {counts}.")
 

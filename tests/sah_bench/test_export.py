@@ -76,3 +76,21 @@ def test_results_of_two_pipelines_are_no_submission(fakes, leaderboard, tmp_path
     result, _ = submit(tmp_path)
     assert result.exit_code == 2
     assert "these are results of 2: m, quiz, dense; m, quiz, sink(4)" in result.output
+
+
+def test_a_place_that_cannot_be_written_is_bad_input(fakes, leaderboard, tmp_path):
+    run(tmp_path)
+    arguments = ["export", str(tmp_path / "results"), "--output", str(tmp_path / "absent" / "f")]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: cannot write to '")
+
+
+@pytest.mark.parametrize("text", ["{}", "no json", '{"identity": 1, "benchmark": "quiz"}'])
+def test_a_config_that_does_not_say_what_was_run_is_bad_input(fakes, leaderboard, tmp_path, text):
+    [result] = run(tmp_path)
+    (result.folder / "config.json").write_text(text)
+    result, output = submit(tmp_path)
+    assert result.exit_code == 2
+    assert "config.json' does not say what was run: restore it, or" in result.stderr
+    assert not output.exists()

@@ -127,6 +127,16 @@ def test_a_cell_that_cannot_be_scored_does_not_stop_the_others(results, tmp_path
     assert "sink(4)" in result.output
 
 
+def test_a_config_that_does_not_say_what_was_run_is_named_by_its_folder(results, tmp_path):
+    folder = results[0].folder
+    (folder / "config.json").write_text("{}")
+    result = score(tmp_path / "results")
+    assert result.exit_code == 1
+    [line] = [line for line in result.output.splitlines() if line.startswith("not scored")]
+    assert line.startswith(f"not scored: {folder}: '{folder}/config.json' does not say what was")
+    assert "sink(4)" in result.output
+
+
 def test_the_score_of_a_task_need_not_be_a_mean(results, tmp_path, monkeypatch, fakes):
     def aggregate(self, samples):
         return {"n": len(samples), "scores": {"accuracy": 12.5}, "tasks": {}}

@@ -260,6 +260,16 @@ def test_a_snapshot_after_the_context_keeps_its_states():
     assert torch.equal(state_keys(session.layers[0].states[0]), other[1])
 
 
+def test_tensors_of_the_request_go_back_to_what_they_were_as_often_as_one_likes():
+    session = session_of(Witness())
+    session.request_state["rows"] = torch.tensor(3)
+    token = session.snapshot()
+    for _ in range(3):
+        session.request_state["rows"].add_(4)
+        session.restore(token)
+        assert int(session.request_state["rows"]) == 3
+
+
 def test_reset_forgets_the_request():
     session = session_of(Witness())
     data = tensors(9)
