@@ -101,6 +101,19 @@ class Nothing(Masker):
         return previous
 
 
+@attrs.frozen(kw_only=True)
+class Looks(Masker):
+    """Keeps the last queries that it is shown; selects everything."""
+
+    name: ClassVar[str] = "looks"
+    capabilities: ClassVar[Capabilities] = Capabilities(needs=frozenset({"window_queries"}))
+    seen: list = attrs.field(factory=list, eq=False)
+
+    def add_mask(self, inputs, previous):
+        self.seen.append(inputs.window_queries)
+        return Mask.full(inputs.shape)
+
+
 def tensors(key_len, seed=0, batch=1):
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, HEADS, key_len, DIM, generator=generator)
@@ -270,6 +283,18 @@ def test_tensors_of_the_request_go_back_to_what_they_were_as_often_as_one_likes(
         assert int(session.request_state["rows"]) == 3
 
 
+def test_the_last_queries_go_back_with_the_session():
+    masker, data = Looks(), tensors(12)
+    session = session_of(masker, prefill="sparse")
+    run(session, data, 0, 8, phase="prefill")
+    token = session.snapshot()
+    for seed in (1, 2):
+        other = joined(data, tensors(12, seed), 8)
+        session.restore(token)
+        run(session, other, 8, 11, phase="question")
+        assert torch.equal(masker.seen[-1], other[0][:, :, :11])
+
+
 def test_reset_forgets_the_request():
     session = session_of(Witness())
     data = tensors(9)
@@ -302,6 +327,17 @@ def test_what_is_kept_of_the_leading_steps_is_never_stale():
         own = data[2][:, :, begin:end].repeat_interleave(HEADS // KV_HEADS, dim=1)
         for layer in output:
             torch.testing.assert_close(layer, own.transpose(1, 2))
+
+
+def test_what_is_kept_of_the_leading_steps_is_not_taken_for_a_batch_with_other_padding():
+    sink = registry.maskers["sink"](sink_size=1)
+    session = session_of(sink)
+    query, key, value = tensors(9)
+    for padding in (0, 3, 5):
+        allowed = Allowed.causal(1, 9, first=torch.tensor([padding], dtype=torch.int32))
+        output = session.attend(0, query[:, :, 8:], key, value, allowed, DIM**-0.5)
+        expected = value[:, :, padding : padding + 1].repeat_interleave(HEADS // KV_HEADS, dim=1)
+        torch.testing.assert_close(output, expected.transpose(1, 2))
 
 
 @pytest.mark.parametrize(
