@@ -125,7 +125,10 @@ def test_a_shared_choice_takes_the_best_keys_that_some_head_of_the_group_lacks(
     previous = Mask.from_indices(inputs.shape, indices[None, :, None].expand(2, -1, 3, -1))
     mask = add_best(inputs, previous, Size(tokens=size), shared)
     got = (mask & inputs.allowed).to_dense()
-    assert torch.equal(got, expected(inputs, previous, size).float())
+    wanted = expected(inputs, previous, size)
+    assert torch.equal(got, wanted.float())
+    # a key that some heads had selected before counts once
+    assert torch.equal(mask.counts(inputs.allowed)[0], wanted.sum(-1))
 
 
 def test_limits_that_differ_by_head_admit_what_any_head_of_a_group_may_attend():
