@@ -15,10 +15,7 @@ Two ways to draw samples:
 A sample's ``input`` is split where its question begins: what stands before it is the context.
 """
 
-import hashlib
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -31,17 +28,15 @@ from sah_core.benchmark import Benchmark, Example, Protocol, TaskInfo, Tokenizer
 from sah_core.errors import ParameterError, nearest_names
 from sah_core.parameters import param
 from sah_plugins.scoring.string_match import match_all, match_part
-from sah_plugins.text.essays import essay_sentences, essay_text
 from sah_plugins.text.fitting import PromptMeter
-from sah_plugins.text.splitting import find_splitter
 
-from . import data, words
+from . import data
 from .golden import check_samples
-from .inputs import Counter, Inputs
-from .official import Streams, official_samples
+from .official import official_samples
+from .official_maker import Streams
 from .portable import Maker
-from .questions import Form, QuestionSet, own_questions, read_questions
-from .tasks import TASKS, Prompt, QaTask, Task
+from .tasks import TASKS, Counter, Prompt, QaTask, Task
+from .texts import Texts
 
 _GENERATOR = "1"
 """Changes whenever equal parameters and seed would give other bytes."""
@@ -165,7 +160,7 @@ class Ruler(Benchmark):
         source = None
         licence = _CODE_LICENCE
         if isinstance(found, QaTask):
-            source = data.SOURCES[found.form] if self._is_official(found) else None
+            source = data.SOURCES[found.form] if self._texts.are_official(found) else None
             licence = "CC BY-SA 4.0" if source else "the project's own questions (Apache-2.0)"
         elif found.needs_essay and self.essay_path is None:
             licence += "; essay: plays by Shakespeare (public domain)"
@@ -183,7 +178,7 @@ class Ruler(Benchmark):
         """Return ``samples``, or the number of questions if it is less."""
         found, _ = self._parsed(task)
         if isinstance(found, QaTask):
-            return min(self.samples, len(self._questions(found).questions))
+            return min(self.samples, len(self._texts.questions_of(found).questions))
         return self.samples
 
     def examples(self, task: str, tokenizer: Tokenizer, seed: int) -> Iterator[Example]:
@@ -200,7 +195,7 @@ class Ruler(Benchmark):
                 vary_positions=self.vary_positions,
             ),
             Counter(PromptMeter(tokenizer, self.chat, bos=False)),
-            self._inputs(found),
+            self._texts,
         )
         for index, prompt in enumerate(islice(prompts, self.count(task))):
             yield self._example(task, index, prompt)
@@ -218,7 +213,7 @@ class Ruler(Benchmark):
             length=length,
             seed=seed,
             count=Counter(PromptMeter(tokenizer, self.chat)),
-            inputs=self._inputs(found),
+            texts=self._texts,
         )
         for index in indexes:
             yield self._example(task, index, maker.sample(index))
@@ -227,7 +222,7 @@ class Ruler(Benchmark):
         found, length = self._parsed(task)
         facts: dict[str, Any] = {"length": length, "index": index}
         if isinstance(found, QaTask):
-            facts["questions"] = "official" if self._is_official(found) else "own"
+            facts["questions"] = "official" if self._texts.are_official(found) else "own"
         return Example(
             id=f"{task}-{index}",
             context_id=f"{task}-{index}",
@@ -274,24 +269,14 @@ class Ruler(Benchmark):
 
     def revision(self) -> str:
         """Return the generator's version, and what identifies the texts that the tasks draw on."""
-        parts = [f"ruler-{_GENERATOR}-{self.mode}"]
         chosen = [TASKS[name] for name in self.include]
-        if any(task.needs_words for task in chosen):
-            parts.append(f"words-{words.words_digest()}")
-        if any(task.name == "cwe" for task in chosen) and self.words_path is not None:
-            more = words.extra_words(self.words_path)
-            parts.append(f"more-words-{_digest(json.dumps(more))}")
-        if any(task.needs_essay for task in chosen):
-            parts.append(f"essay-{self._essay_digest}")
-        for task in chosen:
-            if isinstance(task, QaTask):
-                kind = "official" if self._is_official(task) else "own"
-                parts.append(f"{task.name}-{kind}-{self._questions_revision(task)}")
-        return " ".join(parts)
+        return " ".join(
+            [f"ruler-{_GENERATOR}-{self.mode}", *self._texts.revision(chosen, self.mode)]
+        )
 
     def data_of(self, task: str) -> Mapping[str, Any] | None:
         """Read the rows of the hub, or of a folder, behind ``task``; None if it has none."""
-        form = self._rows_of(self._parsed(task)[0])
+        form = self._texts.rows_of(self._parsed(task)[0])
         if form is None:
             return None
         table = data.table(form, self.data_dir)
@@ -300,7 +285,7 @@ class Ruler(Benchmark):
 
     def fetch_data(self, task: str, folder: Path) -> Path | None:
         """Copy the rows behind ``task`` from the hub into ``folder``; None if it has none."""
-        form = self._rows_of(self._parsed(task)[0])
+        form = self._texts.rows_of(self._parsed(task)[0])
         return None if form is None else data.fetch(form, folder)
 
     @classmethod
@@ -328,60 +313,16 @@ class Ruler(Benchmark):
         return TASKS[name], int(length)
 
     @cached_property
-    def _essay_words(self) -> list[str]:
-        return re.sub(r"\s+", " ", essay_text(self.name, self.essay_path)).split(" ")
-
-    @cached_property
-    def _essay_sentences(self) -> tuple[str, ...]:
-        return essay_sentences(self.name, self.essay_path)
-
-    @cached_property
-    def _essay_digest(self) -> str:
-        if self.mode == "portable":
-            return _digest("\n".join(self._essay_sentences))
-        splitter, _ = find_splitter(self.splitter, self.name)
-        return f"{_digest(' '.join(self._essay_words))}-{splitter}"
-
-    def _inputs(self, task: Task) -> Inputs:
-        return Inputs(
-            keys=words.key_words,
-            words=words.list_words,
-            more_words=lambda size: words.more_words(self.words_path, size),
-            essay=lambda: self._essay_words,
-            split=find_splitter(self.splitter, self.name)[1] if task.needs_essay else str.split,
-            sentences=lambda: self._essay_sentences,
-            questions=lambda: self._questions(task),  # type: ignore[arg-type]
+    def _texts(self) -> Texts:
+        return Texts(
+            essay_path=self.essay_path,
+            words_path=self.words_path,
+            questions=self.questions,
+            squad_path=self.squad_path,
+            hotpot_path=self.hotpot_path,
+            data_dir=self.data_dir,
+            splitter=self.splitter,
         )
-
-    def _path(self, task: Task) -> str | None:
-        return self.squad_path if task.name == "qa_1" else self.hotpot_path
-
-    def _is_official(self, task: Task) -> bool:
-        return self.questions == "official" or self._path(task) is not None
-
-    def _questions(self, task: QaTask) -> QuestionSet:
-        path = self._path(task)
-        if path is not None:
-            return read_questions(f"{task.form}_path", path, task.form)
-        if self.questions == "own":
-            return own_questions(task.form)
-        return self._official_questions[task.form]
-
-    @cached_property
-    def _official_questions(self) -> "_OnFirstUse":
-        return _OnFirstUse(lambda form: data.questions(form, self.data_dir))
-
-    def _questions_revision(self, task: QaTask) -> str:
-        form = self._rows_of(task)
-        if form is not None:
-            return data.table(form, self.data_dir).revision
-        return self._questions(task).digest
-
-    def _rows_of(self, task: Task) -> Form | None:
-        """The set whose rows a task reads; None if it reads none."""
-        if not isinstance(task, QaTask) or self.questions == "own" or self._path(task):
-            return None
-        return task.form
 
 
 def effective_length(
@@ -395,21 +336,6 @@ def effective_length(
     """
     passed = [length for length, score in means.items() if score is not None and score > threshold]
     return float(max(passed)) if passed else None
-
-
-class _OnFirstUse(dict[str, QuestionSet]):
-    """Question sets that are read when they are first asked for."""
-
-    def __init__(self, read: Callable[[Form], QuestionSet]) -> None:
-        self._read = read
-
-    def __missing__(self, form: Form) -> QuestionSet:
-        self[form] = self._read(form)
-        return self[form]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @hookimpl

@@ -10,15 +10,14 @@ Cost: a dozen prompts are made and counted to find the size, then one or more pe
 
 import random
 import string
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from functools import cached_property
 
 import attrs
 
-from sah_core.errors import ParameterError
+from sah_plugins.text.splitting import Splitter
 
-from .inputs import Counter, Inputs
+from .official_maker import OfficialMaker, Streams
 from .tasks import (
     CWE,
     CWE_COMMON,
@@ -27,9 +26,11 @@ from .tasks import (
     QA,
     VT,
     VT_HOPS,
+    Counter,
     ItemKind,
     NiahTask,
     Prompt,
+    QaTask,
     Task,
     chain_lines,
     common_words,
@@ -39,179 +40,36 @@ from .tasks import (
     needle,
     numbered,
 )
-
-_LAST_TRIES = 200
-"""Prompts of the smallest size that are drawn before a sample counts as impossible."""
+from .texts import Texts
 
 _DEPTHS = tuple(round(100 * i / 39) for i in range(40))
 """Percent of the sentences before an essay needle: 40 values from 0 to 100."""
 
 
-@attrs.define(kw_only=True)
-class Streams:
-    """The random state of one run of the official generator.
-
-    Attributes:
-        seed: seeds every stream.
-        vary_positions: shuffle each sample by a seed of its own. Officially all samples are
-            shuffled by one seed, so that lists of one length have the same permutation, and with it
-            gold documents and frequent words the same places.
-        index: the sample that is being made; None in the size search.
-    """
-
-    seed: int
-    vary_positions: bool = False
-    index: int | None = None
-    draw: random.Random = attrs.field(init=False)
-    numpy: Any = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        from numpy.random import RandomState
-
-        self.draw = random.Random(self.seed)
-        self.numpy = RandomState(self.seed)
-
-    def shuffle(self, items: list[Any]) -> None:
-        """Shuffle by the seed alone, whatever was drawn before."""
-        own = self.vary_positions and self.index is not None
-        random.Random(f"{self.seed}/{self.index}" if own else self.seed).shuffle(items)
-
-    def letters(self, alphabet: str, size: int) -> str:
-        """Return a random word."""
-        return "".join(self.draw.choices(alphabet, k=size))
-
-    def item(self, kind: ItemKind, keys: Callable[[], Sequence[str]]) -> str:
-        """Return a random key or value."""
-        if kind == "words":
-            return self.draw.choice(keys())
-        if kind == "numbers":
-            return str(self.draw.randint(10**6, 10**7 - 1))
-        return str(uuid.UUID(int=self.draw.getrandbits(128), version=4))
-
-    def five_digits(self) -> str:
-        """Return the value of a variable."""
-        return str(self.numpy.randint(10000, 99999))
-
-
 def official_samples(
-    task: Task, length: int, streams: Streams, count: Counter, inputs: Inputs
+    task: Task, length: int, streams: Streams, count: Counter, texts: Texts
 ) -> Iterator[Prompt]:
     """Yield the samples of a task without end; those of qa end with the questions.
 
     Raises:
         ParameterError: nothing that is small enough could be drawn.
     """
+    given = (length, streams, count, texts)
     if isinstance(task, NiahTask):
-        maker: _Maker = _Niah(task, length, streams, count, inputs)
-    elif task.name == "vt":
-        maker = _VariableTracking(task, length, streams, count, inputs)
-    elif task.name == "cwe":
-        maker = _CommonWords(task, length, streams, count, inputs)
-    elif task.name == "fwe":
-        maker = _FrequentWords(task, length, streams, count, inputs)
-    else:
-        maker = _Questions(task, length, streams, count, inputs)
-    return maker.samples()
+        return _Niah(task, *given).samples()
+    if isinstance(task, QaTask):
+        return _Questions(task, *given).samples()
+    makers = {"vt": _VariableTracking, "cwe": _CommonWords, "fwe": _FrequentWords}
+    return makers[task.name](task, *given).samples()
 
 
-class _Maker:
-    """Makes the samples of a task.
-
-    Subclasses give ``step``, by which a sample shrinks, and :meth:`prompt`. Every call of it draws
-    from the streams.
-    """
-
-    step = 10
-
-    def __init__(
-        self, task: Task, length: int, streams: Streams, count: Counter, inputs: Inputs
-    ) -> None:
-        self.task = task
-        self.length = length
-        self.room = task.max_new_tokens
-        self.streams = streams
-        self.counter = count
-        self.inputs = inputs
-
-    def count(self, prompt: Prompt) -> int:
-        """Return the tokens of a prompt."""
-        return self.counter(prompt)
-
-    def prompt(self, size: int) -> Prompt:
-        """Return a new prompt with a haystack of ``size`` units."""
-        raise NotImplementedError
-
-    def sample(self, size: int) -> Prompt:
-        """Return a new prompt as it is kept, which may have more to it than those of the search."""
-        return self.prompt(size)
-
-    def estimate(self) -> int:
-        """Return the upper end of the size search."""
-        return int(self.length / (self.count(self.prompt(self.step)) / self.step) * 3)
-
-    def samples(self) -> Iterator[Prompt]:
-        """Yield samples without end."""
-        size = self.search(self.estimate(), self.length, self.room)
-        while True:
-            self.begin_sample()
-            yield self.fitting(size)
-
-    def begin_sample(self) -> None:
-        """Note that the next sample is being made."""
-        index = self.streams.index
-        self.streams.index = 0 if index is None else index + 1
-
-    def search(self, estimate: int, limit: int, overhead: int) -> int:
-        """Return the largest size whose prompt, as drawn, fits; the step if none does."""
-        low, high, best = self.step, max(estimate, 2 * self.step), self.step
-        while low <= high:
-            middle = (low + high) // 2
-            if self.count(self.prompt(middle)) + overhead <= limit:
-                best, low = middle, middle + 1
-            else:
-                high = middle - 1
-        return best
-
-    def fitting(self, size: int) -> Prompt:
-        """Return a prompt of ``size`` units, or of the most units that come to fit."""
-        least = None
-        tries = 0
-        while tries < _LAST_TRIES:
-            try:
-                prompt = self.sample(size)
-            except ValueError:
-                # More was to be drawn than there is: the size is too small for the task.
-                pass
-            else:
-                tokens = self.count(prompt) + self.room
-                if tokens <= self.length:
-                    return prompt
-                least = tokens if least is None else min(least, tokens)
-            if size > self.step:
-                size -= self.step
-            else:
-                tries += 1
-        raise self.too_short(least)
-
-    def too_short(self, least: int | None) -> ParameterError:
-        """The error that nothing fits, where the official generator would not end."""
-        needed = "more" if least is None else f"about {least}"
-        return ParameterError(
-            "ruler",
-            "lengths",
-            self.length,
-            f"{needed} tokens for {self.task.name} with this tokenizer in mode=official, whose "
-            "generator would never end; take a longer length or mode=portable",
-        )
-
-
-class _Niah(_Maker):
+class _Niah(OfficialMaker):
     task: NiahTask
 
     def __init__(
-        self, task: Task, length: int, streams: Streams, count: Counter, inputs: Inputs
+        self, task: Task, length: int, streams: Streams, count: Counter, texts: Texts
     ) -> None:
-        super().__init__(task, length, streams, count, inputs)
+        super().__init__(task, length, streams, count, texts)
         self.step = 500 if self.task.haystack == "essay" else 5 if length < 4096 else 25
 
     def prompt(self, size: int) -> Prompt:
@@ -233,13 +91,17 @@ class _Niah(_Maker):
             query=enumeration([key for key, _ in asked]),
         )
 
+    @cached_property
+    def _split(self) -> Splitter:
+        return self.texts.found_splitter()[1]
+
     def _item(self, kind: ItemKind) -> str:
-        return self.streams.item(kind, self.inputs.keys)
+        return self.streams.item(kind, self.texts.keys)
 
     def _essay(self, size: int, needles: list[str]) -> str:
-        words = self.inputs.essay()
+        words = self.texts.essay
         words = words * -(-size // len(words)) if size > len(words) else words
-        sentences = self.inputs.split(" ".join(words[:size]).strip())
+        sentences = self._split(" ".join(words[:size]).strip())
         depths = self.streams.draw.sample(_DEPTHS, len(needles))
         places = [0, *sorted(int(len(sentences) * (depth / 100)) for depth in depths)]
         parts = []
@@ -262,16 +124,16 @@ class _Niah(_Maker):
         return "\n".join(lines)
 
 
-class _VariableTracking(_Maker):
+class _VariableTracking(OfficialMaker):
     """One chain in noise, behind a solved example that is drawn first and then disguised."""
 
     _EXAMPLE_LENGTH = 500
     _EXAMPLE_VALUE = "12345"
 
     def __init__(
-        self, task: Task, length: int, streams: Streams, count: Counter, inputs: Inputs
+        self, task: Task, length: int, streams: Streams, count: Counter, texts: Texts
     ) -> None:
-        super().__init__(task, length, streams, count, inputs)
+        super().__init__(task, length, streams, count, texts)
         self.example = ""
         self.name_size = 5
 
@@ -334,14 +196,14 @@ class _VariableTracking(_Maker):
         return example.replace(self._EXAMPLE_VALUE, self.streams.five_digits())
 
 
-class _CommonWords(_Maker):
+class _CommonWords(OfficialMaker):
     _PROBE = 4096
 
     def __init__(
-        self, task: Task, length: int, streams: Streams, count: Counter, inputs: Inputs
+        self, task: Task, length: int, streams: Streams, count: Counter, texts: Texts
     ) -> None:
-        super().__init__(task, length, streams, count, inputs)
-        self.words = list(inputs.words())
+        super().__init__(task, length, streams, count, texts)
+        self.words = list(texts.words())
         random.Random(streams.seed).shuffle(self.words)
 
     def estimate(self) -> int:
@@ -362,14 +224,14 @@ class _CommonWords(_Maker):
     def _list(self, size: int, common: int, uncommon: int) -> tuple[str, list[str]]:
         enough = size <= len(self.words)
         words = self.streams.draw.sample(
-            self.words if enough else self.inputs.more_words(size), size
+            self.words if enough else self.texts.more_words(size), size
         )
         listed = words[:CWE_COMMON] * common + words[CWE_COMMON:] * uncommon
         self.streams.shuffle(listed)
         return numbered(listed), words[:CWE_COMMON]
 
 
-class _FrequentWords(_Maker):
+class _FrequentWords(OfficialMaker):
     _WORD = 6
 
     def samples(self) -> Iterator[Prompt]:
@@ -410,10 +272,12 @@ class _FrequentWords(_Maker):
         return FWE.fill(" ".join(listed), tuple(vocabulary[1:4]))
 
 
-class _Questions(_Maker):
+class _Questions(OfficialMaker):
+    task: QaTask
+
     def samples(self) -> Iterator[Prompt]:
         """Yield one sample per question."""
-        questions = self.inputs.questions().questions
+        questions = self.texts.questions_of(self.task).questions
         size = self.search(self.estimate(), self.length, self.room)
         for _ in questions:
             self.begin_sample()
@@ -421,7 +285,7 @@ class _Questions(_Maker):
 
     def prompt(self, size: int) -> Prompt:
         """Return the question with ``size`` documents; the search takes the first question."""
-        found = self.inputs.questions()
+        found = self.texts.questions_of(self.task)
         question = found.questions[self.streams.index or 0]
         total = len(found.documents)
         if size >= total:

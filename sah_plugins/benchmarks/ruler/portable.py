@@ -28,7 +28,6 @@ from sah_core.errors import ParameterError
 from sah_plugins.text.draws import Draws
 from sah_plugins.text.fitting import largest_near
 
-from .inputs import Counter, Inputs
 from .tasks import (
     CWE,
     CWE_COMMON,
@@ -37,9 +36,11 @@ from .tasks import (
     QA,
     VT,
     VT_HOPS,
+    Counter,
     ItemKind,
     NiahTask,
     Prompt,
+    QaTask,
     Task,
     chain_lines,
     common_words,
@@ -49,6 +50,7 @@ from .tasks import (
     needle,
     numbered,
 )
+from .texts import Texts
 
 _STEPS = 16
 """Steps of the grid of sizes per doubling."""
@@ -70,14 +72,14 @@ class Maker:
         length: the tokens that prompt and answer may have.
         seed: the only source of randomness.
         count: counts the tokens of a prompt.
-        inputs: the texts that the task draws on.
+        texts: what the task draws on.
     """
 
     task: Task
     length: int
     seed: int
     count: Counter
-    inputs: Inputs
+    texts: Texts
 
     def sample(self, index: int) -> Prompt:
         """Return sample number ``index``.
@@ -91,13 +93,13 @@ class Maker:
     def _builder(self, draws: Draws, index: int) -> Build:
         if isinstance(self.task, NiahTask):
             return self._niah(self.task, draws)
+        if isinstance(self.task, QaTask):
+            return self._question(self.task, draws, index)
         if self.task.name == "vt":
             return self._variable_tracking(draws)
         if self.task.name == "cwe":
             return self._common_words(draws)
-        if self.task.name == "fwe":
-            return self._frequent_words(draws)
-        return self._question(draws, index)
+        return self._frequent_words(draws)
 
     def _fitted(self, build: Build) -> Prompt:
         limit = self.length - self.task.max_new_tokens
@@ -132,7 +134,7 @@ class Maker:
     def _item(self, kind: ItemKind, draw: int) -> str:
         """Return the key or value that a random integer of 128 bits stands for."""
         if kind == "words":
-            keys = self.inputs.keys()
+            keys = self.texts.keys()
             return keys[draw % len(keys)]
         if kind == "numbers":
             return str(10**6 + draw % (9 * 10**6))
@@ -173,7 +175,7 @@ class Maker:
         if task.haystack == "noise":
             return lambda size: [NOISE] * size
         if task.haystack == "essay":
-            sentences = self.inputs.sentences()
+            sentences = self.texts.sentences
             start = draws.below(len(sentences))
             return lambda size: [sentences[(start + i) % len(sentences)] for i in range(size)]
 
@@ -213,7 +215,7 @@ class Maker:
         return build
 
     def _common_words(self, draws: Draws) -> Build:
-        words = self.inputs.words()
+        words = self.texts.words()
         order = _shuffled(words, draws.stream("order", len(words)))
         tiny, sizes = self.length < _TINY, common_words(self.length)
         common, uncommon = (3, 1) if tiny else (sizes.common, sizes.uncommon)
@@ -251,8 +253,8 @@ class Maker:
 
     def _more_words(self, size: int, draws: Draws) -> list[str]:
         """Return distinct hyphenated pairs, since no more single words are left."""
-        keys = self.inputs.keys()
-        known = set(self.inputs.words())
+        keys = self.texts.keys()
+        known = set(self.texts.words())
         found: dict[str, None] = {}
         wanted = size
         while len(found) < size:
@@ -287,12 +289,12 @@ class Maker:
 
         return build
 
-    def _question(self, draws: Draws, index: int) -> Build:
-        found = self.inputs.questions()
+    def _question(self, task: QaTask, draws: Draws, index: int) -> Build:
+        found = self.texts.questions_of(task)
         turns, place = divmod(index, len(found.questions))
         if turns:
             raise IndexError(index)
-        order = Draws(self.seed, "ruler", self.task.name).sample(
+        order = Draws(self.seed, "ruler", task.name).sample(
             len(found.questions), len(found.questions)
         )
         question = found.questions[order[place]]

@@ -8,6 +8,8 @@ from typing import Literal
 
 import attrs
 
+from sah_plugins.text.fitting import PromptMeter
+
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 """A unit of the noise haystack."""
 
@@ -33,6 +35,21 @@ class Prompt:
     def text(self) -> str:
         """The whole prompt."""
         return self.context + self.question + self.answer_prefix
+
+
+@attrs.frozen
+class Counter:
+    """Counts tokens."""
+
+    meter: PromptMeter
+
+    def __call__(self, prompt: Prompt) -> int:
+        """Return the tokens of a prompt as the model gets it, its answer prefix included."""
+        return self.meter.prompt_tokens(prompt.input, prompt.answer_prefix)
+
+    def text(self, text: str) -> int:
+        """Return the tokens of a text by itself."""
+        return self.meter.text_tokens(text)
 
 
 @attrs.frozen

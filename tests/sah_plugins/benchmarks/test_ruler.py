@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import pickle
 import random
 import re
 import subprocess
@@ -510,6 +511,20 @@ def test_rows_in_the_hub_s_schema_give_the_samples_of_the_official_file(form, tm
         assert facts["rows"] == len(rows_of_squad() if task == "qa_1" else rows_of_hotpot())
 
 
+@pytest.mark.parametrize("mode", ["portable", "official"])
+@pytest.mark.parametrize("task", ["niah_single_2", "qa_1", "cwe"])
+def test_a_benchmark_that_has_been_used_still_goes_to_a_worker(task, mode, tmp_path):
+    folder = tmp_path / "squad_v2"
+    folder.mkdir()
+    (folder / "validation.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows_of_squad()))
+    given = {"questions": "official", "data_dir": str(tmp_path)} if task == "qa_1" else {}
+    benchmark = ruler(task, mode=mode, **given)
+    first = list(islice(benchmark.examples(f"{task}-1024", Words(), 1), 2))
+    copy = pickle.loads(pickle.dumps(benchmark))
+    assert copy.revision() == benchmark.revision()
+    assert list(islice(copy.examples(f"{task}-1024", Words(), 1), 2)) == first
+
+
 def test_a_needed_document_is_always_there_and_the_others_as_they_fit(tmp_path):
     rows = json.loads((INPUTS / "hotpot_mini.json").read_text())
     for row in rows:
@@ -645,6 +660,7 @@ def test_missing_words_are_missed_by_the_tasks_alone_that_need_them(monkeypatch)
     monkeypatch.setattr(words, "find_spec", lambda name: None)
     assert examples("vt", 1)
     assert examples("niah_multikey_3", 1)
+    assert examples("niah_multikey_3", 1, mode="official")
     assert ruler("fwe").revision()
     for task in ("niah_single_1", "cwe"):
         with pytest.raises(MissingLibraryError, match="wonderwords: pip install") as error:
