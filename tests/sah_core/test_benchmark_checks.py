@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import pkgutil
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
@@ -30,8 +32,9 @@ def test_the_example_of_every_registered_benchmark_conforms(check, name, example
     check(example(name))
 
 
-def test_every_check_of_the_module_is_run():
-    names = {name for name in vars(module) if name.startswith("check_")}
+def test_every_check_of_the_modules_is_run():
+    parts = [f"{module.__name__}.{part.name}" for part in pkgutil.iter_modules(module.__path__)]
+    names = {n for part in parts for n in vars(import_module(part)) if n.startswith("check_")}
     assert {check.__name__ for check in BENCHMARK_CHECKS} == names
     assert all(check.__doc__ for check in BENCHMARK_CHECKS)
 

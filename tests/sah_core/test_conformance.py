@@ -4,11 +4,13 @@ The wrong maskers implement no paper.
 """
 
 import functools
+import pkgutil
 import re
 import subprocess
 import sys
 import types
 import unittest
+from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
@@ -52,8 +54,9 @@ def test_every_masker_that_has_defaults_conforms_with_them(name):
     assert [result for result in run_checks(masker(), IN_THIS_PROCESS) if result.failed] == []
 
 
-def test_every_check_of_the_module_is_run():
-    names = {name for name in vars(module) if name.startswith("check_")}
+def test_every_check_of_the_modules_is_run():
+    parts = [f"{module.__name__}.{part.name}" for part in pkgutil.iter_modules(module.__path__)]
+    names = {n for part in parts for n in vars(import_module(part)) if n.startswith("check_")}
     assert {check.__name__ for check in CHECKS} == names
     assert all(check.__doc__ for check in CHECKS)
 

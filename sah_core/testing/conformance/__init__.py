@@ -15,9 +15,7 @@ Small random tensors go through the same `Session` that a model goes through, wi
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
-from sah_core.errors import one_line
 from sah_core.masker import Masker
 
 from .calls import MODEL, Model
@@ -58,7 +56,7 @@ from .selection import (
     check_shape,
     check_short_keys,
 )
-from .verdict import Check, CheckResult, CheckSkipped
+from .verdict import Check, CheckResult, CheckSkipped, run_each
 
 __all__ = ["CHECKS", "MODEL", "Check", "CheckResult", "CheckSkipped", "Model", "run_checks"]
 
@@ -68,23 +66,7 @@ def run_checks(masker: Masker, checks: Iterable[Check] | None = None) -> list[Ch
 
     Whatever a masker raises fails the check during which it did.
     """
-    results = []
-    for check in CHECKS if checks is None else checks:
-        status: Literal["passed", "failed", "skipped"] = "failed"
-        message = ""
-        try:
-            check(masker)
-        except AssertionError as error:
-            message = str(error) or "an assertion without a message failed"
-        except CheckSkipped as error:
-            status, message = "skipped", str(error)
-        except Exception as error:  # a masker under test may raise anything
-            message = f"{masker.name}: raised {type(error).__name__}: {one_line(str(error))}"
-        else:
-            status = "passed"
-        name = check.__name__.removeprefix("check_")
-        results.append(CheckResult(name=name, status=status, message=message))
-    return results
+    return run_each(masker, CHECKS if checks is None else checks)
 
 
 CHECKS: tuple[Check, ...] = (

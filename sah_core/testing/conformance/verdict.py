@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import unittest
-from collections.abc import Callable
-from typing import Literal, NoReturn
+from collections.abc import Callable, Iterable
+from typing import Literal, NoReturn, TypeVar
 
 import attrs
 
+from sah_core.benchmark import Benchmark
+from sah_core.errors import one_line
 from sah_core.masker import Masker
 
 
@@ -28,23 +30,25 @@ class CheckResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the masker does what it must."""
+        """Whether the plugin does what it must."""
         return self.status == "passed"
 
     @property
     def failed(self) -> bool:
-        """Whether the masker does something that it must not."""
+        """Whether the plugin does something that it must not."""
         return self.status == "failed"
 
 
 class CheckSkipped(unittest.SkipTest):
-    """A check cannot apply to this masker; the message says why.
+    """A check cannot apply to this plugin; the message says why.
 
     As a `unittest.SkipTest` it makes a skipped test under pytest too.
     """
 
 
 Check = Callable[[Masker], None]
+
+Subject = TypeVar("Subject", Masker, Benchmark)
 
 
 def fail(masker: Masker, what: str, change: str) -> NoReturn:
@@ -61,3 +65,24 @@ def require(holds: object, masker: Masker, what: str, change: str) -> None:
 def skip(masker: Masker, why: str) -> NoReturn:
     """Say why a check cannot apply."""
     raise CheckSkipped(f"{masker.name}: {why}")
+
+
+def run_each(subject: Subject, checks: Iterable[Callable[[Subject], None]]) -> list[CheckResult]:
+    """Run checks over a plugin; whatever it raises fails the check during which it did."""
+    results = []
+    for check in checks:
+        status: Literal["passed", "failed", "skipped"] = "failed"
+        message = ""
+        try:
+            check(subject)
+        except AssertionError as error:
+            message = str(error) or "an assertion without a message failed"
+        except CheckSkipped as error:
+            status, message = "skipped", str(error)
+        except Exception as error:  # a plugin under test may raise anything
+            message = f"{subject.name}: raised {type(error).__name__}: {one_line(str(error))}"
+        else:
+            status = "passed"
+        name = check.__name__.removeprefix("check_")
+        results.append(CheckResult(name=name, status=status, message=message))
+    return results
