@@ -1,5 +1,9 @@
-"""Where a model comes from: what an alias of the kind ``sah.models`` stands for."""
+"""Where a model comes from: what an alias of the kind ``sah.models`` stands for, and the folder of
+converted ones.
+"""
 
+import os
+from pathlib import Path
 from typing import Literal
 
 import attrs
@@ -24,3 +28,13 @@ class ModelSource:
     location: str
     label: str
     revision: str | None = None
+
+
+def cache_folder() -> Path:
+    """The folder of converted models: ``SAH_CACHE_DIR``, else the platform's for this user."""
+    import platformdirs
+
+    configured = os.environ.get("SAH_CACHE_DIR")
+    if configured:
+        return Path(configured).expanduser()
+    return Path(platformdirs.user_cache_dir("sparse-attention-hub", appauthor=False))

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import click
@@ -21,6 +20,8 @@ _LIBRARIES = ("torch", "transformers", "triton", "accelerate", "datasets", "ray"
 @debug_option
 def env(as_json: bool) -> None:
     """Show versions, devices and where models come from."""
+    from sah_core.models import cache_folder
+
     facts = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -28,7 +29,7 @@ def env(as_json: bool) -> None:
         "plugin_distributions": _plugin_distributions(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
         "devices": _devices(),
-        "cache_folder": _cache_folder(),
+        "cache_folder": str(cache_folder()),
         "models": _models(),
     }
     if as_json:
@@ -73,16 +74,6 @@ def _devices() -> list[str]:
         memory = facts.total_memory / 2**30
         devices.append(f"cuda:{index} ({facts.name}, {memory:.0f} GiB)")
     return devices
-
-
-def _cache_folder() -> str:
-    """The folder of converted models; the same rule as that of whoever converts them."""
-    import platformdirs
-
-    configured = os.environ.get("SAH_CACHE_DIR")
-    if configured:
-        return str(Path(configured).expanduser())
-    return platformdirs.user_cache_dir("sparse-attention-hub", appauthor=False)
 
 
 def _models() -> dict[str, Any]:

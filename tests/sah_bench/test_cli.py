@@ -411,11 +411,13 @@ def test_show_takes_a_distribution_in_any_spelling():
     assert facts["id"] == "sparse-attention-hub:sink"
 
 
-def test_env_names_versions_devices_and_models():
+def test_env_names_versions_devices_and_models(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAH_CACHE_DIR", str(tmp_path))
     facts = json.loads(invoke("env", "--json").output)
     assert facts["libraries"]["torch"]
     assert facts["devices"][0].startswith("cpu")
     assert "smollm2-135m" in facts["models"]
+    assert facts["cache_folder"] == str(tmp_path)
     text = invoke("env").output
     assert "torch: " in text
     assert "cache folder: " in text

@@ -1,4 +1,4 @@
-"""The user cache folder, and file hashes that are remembered there."""
+"""File hashes that are remembered in the cache folder."""
 
 import hashlib
 import os
@@ -7,15 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import platformdirs
-
-
-def cache_folder() -> Path:
-    """Return the cache folder: ``SAH_CACHE_DIR``, else the platform's for this user."""
-    configured = os.environ.get("SAH_CACHE_DIR")
-    if configured:
-        return Path(configured).expanduser()
-    return Path(platformdirs.user_cache_dir("sparse-attention-hub", appauthor=False))
+from sah_core.models import cache_folder
 
 
 def sha256_of(path: Path) -> str:
