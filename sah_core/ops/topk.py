@@ -64,6 +64,9 @@ class TopkOps:
             if bool((tied & (worst[..., 0] > float("-inf"))).any()):
                 indices = _first_of_equals(scores, worst, width)
                 values = scores.gather(-1, indices)
+                if count is None and bool((worst == float("-inf")).any()):
+                    # these are by index: in a row of fewer candidates, what is none comes last
+                    values, indices = _by_value_then_index(values, indices)
         if count is not None:
             values, indices = _by_value_then_index(values, indices)
         indices = torch.where(values > float("-inf"), indices, -1).to(torch.int32)
