@@ -14,6 +14,7 @@ from sah_core.mask.parts import (
     Selected,
     Shape,
     cut_rows,
+    either,
     join_entries,
     ranges_length,
     spread_heads,
@@ -205,7 +206,7 @@ class Mask:
         dense = self.dense if other.dense is None else other.dense
         if self.dense is not None and other.dense is not None:
             a, b = match_heads(self.dense, other.dense)
-            dense = 1 - (1 - a) * (1 - b)
+            dense = either(a, b)
         selected = self.selected if other.selected is None else other.selected
         if self.selected is not None and other.selected is not None:
             selected = unite_selected(self.selected, other.selected, self.shape[3], disjoint)
@@ -322,7 +323,7 @@ class Mask:
             dense += spread_heads(self.dense, self.shape[1])
         if self.selected is not None:
             chosen = self.selected.to_dense(self.shape)
-            dense = chosen if self.dense is None else 1 - (1 - dense) * (1 - chosen)
+            dense = chosen if self.dense is None else either(dense, chosen)
         position = torch.arange(self.shape[3], device=self.device, dtype=torch.int32)
         for part in self.ranges:
             dense = torch.where(part.contains(position), 1.0, dense)

@@ -199,6 +199,15 @@ class Selected:
         return chosen[..., :key_len]
 
 
+def either(a: Tensor, b: Tensor) -> Tensor:
+    """The probability ``1 - (1 - a)(1 - b)`` that a key is in one of two independent selections.
+
+    Written so that the smallest probability survives beside a 0, and a 1 stays 1.
+    """
+    high, low = torch.maximum(a, b), torch.minimum(a, b)
+    return high + low * (1 - high)
+
+
 def spread_heads(tensor: Tensor, heads: int) -> Tensor:
     """Give each query head its row: ``(batch, heads', ...)`` to ``(batch, heads, ...)`` for heads'
     | heads.
@@ -264,7 +273,7 @@ def unite_selected(a: Selected, b: Selected, key_len: int, disjoint: bool) -> Se
             probability = probability.gather(-1, order)
             later = torch.where(twin, probability, 0.0).roll(-1, dims=-1)
             later[..., -1] = 0.0
-            probability = 1 - (1 - probability) * (1 - later)
+            probability = either(probability, later)
         joined = torch.where(twin, -1, joined)
     if same_pages:
         return Selected(joined, None, probability, a.page_size, a.origin)

@@ -201,6 +201,22 @@ def test_a_union_is_that_of_independent_selections(a, b):
     torch.testing.assert_close((first | second).to_dense(), expected)
 
 
+@pytest.mark.parametrize("form", ["selected", "dense", "both"])
+def test_a_union_keeps_the_smallest_probability(form):
+    """Divided by in the attention, a probability must not be rounded to 0, nor far."""
+    chance = torch.tensor([[[[1e-12, 0.3, 0.7]]]])
+    keys = torch.tensor([[[[0, 1, 2]]]], dtype=torch.int32)
+    first = Mask.from_indices((1, 1, 1, 4), keys, probability=chance)
+    other = Mask.from_indices((1, 1, 1, 4), keys[..., 1:2] + 2)
+    if form == "dense":
+        first = Mask.from_dense(first.to_dense())
+    if form != "selected":
+        other = Mask.from_dense(other.to_dense())
+    for union in (first | other, other | first):
+        assert torch.equal(union.to_dense()[..., :3], chance)
+        assert torch.equal((union | union).to_dense()[..., 3:], torch.ones(1, 1, 1, 1))
+
+
 def test_a_union_of_three_and_more_keeps_every_key_once():
     masks = [
         part(n, i) for i, n in enumerate(("weighted", "indices", "pages", "weighted", "range"))
