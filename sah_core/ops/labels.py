@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sah_core.mask import spread_heads
@@ -82,15 +81,15 @@ class LabelOps(LogitOps):
         else:
             rows = round_to_bits(rows, bits)
             values = _restored(labels, affine, bits, channels.shape[1])
-        rows = rows * scaling
         if reduction in ("sum", "mean") and values.shape[1] == kv_heads:
             # linear in the query: the heads that share labels are added up first
             rows = rows.view(batch, kv_heads, -1, query_len, rows.shape[3]).sum(dim=2)
-            rows = rows / (heads // kv_heads) if reduction == "mean" else rows
-            return torch.matmul(rows, values.transpose(2, 3))
+            factor = scaling / (heads // kv_heads) if reduction == "mean" else scaling
+            return (rows @ values.transpose(2, 3)).mul_(factor)
         rows = rows.reshape(batch, values.shape[1], -1, rows.shape[-1])
         scores = (rows @ values.transpose(2, 3)).view(batch, heads, query_len, -1)
-        return reduce_groups(scores, kv_heads, reduction)
+        # scaled after the sums, so that keys of equal products stay equal
+        return reduce_groups(scores, kv_heads, reduction).mul_(scaling)
 
     def label_logits_at(
         self,

@@ -29,7 +29,8 @@ class LogitOps:
         batch, heads, query_len, head_dim = query.shape
         kv_heads, key_len = key.shape[1], key.shape[2]
         rows = query.reshape(batch, kv_heads, heads // kv_heads * query_len, head_dim)
-        scores = torch.matmul(rows.float() * scaling, key.float().transpose(2, 3))
+        # scaled after the sums, so that keys of equal products stay equal
+        scores = torch.matmul(rows.float(), key.float().transpose(2, 3)).mul_(scaling)
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         return scores.view(batch, heads, query_len, key_len)

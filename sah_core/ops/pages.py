@@ -129,14 +129,14 @@ class PageOps:
             low, high = torch.minimum(one, other), torch.maximum(one, other)
         if reduction in ("sum", "mean"):
             # max(q l, q h) = relu(q) h + min(q, 0) l is linear in both, so those are reduced first
-            factor = 1.0 if reduction == "sum" else 1.0 / group
-            up, down = rows.clamp(min=0).sum(2) * factor, rows.clamp(max=0).sum(2) * factor
+            up, down = rows.clamp(min=0).sum(2), rows.clamp(max=0).sum(2)
         else:
             flat = rows.reshape(batch, kv_heads, group * query_len, head_dim)
             up, down = flat.clamp(min=0), flat.clamp(max=0)
         scores = up @ high.float().transpose(2, 3) + down @ low.float().transpose(2, 3)
         if reduction in ("sum", "mean"):
-            return scores
+            # divided after the sums, so that pages of equal products stay equal
+            return scores if reduction == "sum" else scores.div_(group)
         scores = scores.view(batch, kv_heads, group, query_len, low.shape[2])
         return scores.amax(dim=2) if reduction == "max" else scores.flatten(1, 2)
 

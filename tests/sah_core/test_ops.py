@@ -40,6 +40,43 @@ def test_logits_are_scaled_dot_products_per_head(dtype, softcap, heads, kv_heads
                     assert float(logits[b, h, q, k]) == pytest.approx(expected, abs=1e-5)
 
 
+def few_levels(*shape, seed):
+    """Numbers whose products and sums float32 holds exactly, so that many of them are equal."""
+    return torch.randint(-2, 3, shape, generator=generator(seed)).float()
+
+
+def levels_of(scores):
+    return [len(set(row)) for row in scores.flatten(0, -2).tolist()]
+
+
+def test_keys_of_equal_products_have_equal_logits_whatever_the_scaling():
+    query, key = few_levels(1, 4, 2, 8, seed=1), few_levels(1, 2, 200, 8, seed=2)
+    exact = levels_of(REFERENCE.logits(query, key, 1.0))
+    assert levels_of(REFERENCE.logits(query, key, 0.3)) == exact
+
+
+@pytest.mark.parametrize("lists", [2, 6])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "max"])
+def test_keys_of_equal_products_have_equal_label_scores_whatever_the_scaling(reduction, lists):
+    query, key = few_levels(1, 6, 2, 8, seed=1), few_levels(1, 2, 200, 8, seed=2)
+    channels = torch.arange(5).expand(lists, 5)
+    labels = torch.empty(1, lists, 200, 5)
+    REFERENCE.label_update(labels, None, key, channels, 0, 16)
+
+    def scores(scaling, reduction):
+        return REFERENCE.label_scores(query, channels, labels, None, 16, scaling, 2, reduction)
+
+    exact = levels_of(scores(1.0, "sum" if reduction == "mean" else reduction))
+    assert levels_of(scores(5**-0.5, reduction)) == exact
+
+
+def test_pages_of_equal_sums_have_equal_means():
+    query, bounds = few_levels(1, 6, 2, 8, seed=1), few_levels(2, 1, 2, 200, 8, seed=2)
+    low, high = bounds.amin(0), bounds.amax(0)
+    exact = levels_of(REFERENCE.page_scores(query, low, high, "sum"))
+    assert levels_of(REFERENCE.page_scores(query, low, high, "mean")) == exact
+
+
 def best(scores, capacity, *, count=None, start=None, stop=None, taken=(), page=1, origin=None):
     """Row by row: sort the candidates by falling score and rising index."""
     rows = []
@@ -97,12 +134,23 @@ def scores_of(kind, shape=(2, 3, 2, 17)):
     if kind == "rows of holes":
         scores[:, :, 0] = -INF
         scores[0, 0, 1, 3:] = -INF
+    if kind == "ties beside rows of few":
+        scores[:, :, 0] = 0.0
+        scores[:, :, 1, :14] = -INF
     if kind == "zeros of both signs":
         scores = torch.where(scores > 0, 0.0, -0.0)
     return scores
 
 
-KINDS = ("distinct", "ties", "all equal", "holes", "rows of holes", "zeros of both signs")
+KINDS = (
+    "distinct",
+    "ties",
+    "all equal",
+    "holes",
+    "rows of holes",
+    "ties beside rows of few",
+    "zeros of both signs",
+)
 POSITION = int32(15, 16, shape=(1, 1, 2))
 OPTIONS = {
     "plain": {},

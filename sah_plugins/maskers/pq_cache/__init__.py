@@ -168,11 +168,12 @@ class PQCache(Masker):
         batch, heads, query_len, head_dim = inputs.query.shape
         parts, kv_heads = self.pq_group_factor, inputs.kv_heads
         width = head_dim // parts
-        rows = (inputs.query.float() * inputs.scaling).reshape(batch, kv_heads, -1, parts, width)
+        rows = inputs.query.float().reshape(batch, kv_heads, -1, parts, width)
         centroids = state.book.entries[..., :width]
         tables = rows.transpose(2, 3) @ centroids.transpose(3, 4)
         tables = tables.transpose(2, 3).reshape(batch, heads, query_len, parts, -1)
         scores = inputs.ops.table_scores(tables, state.codes.first(inputs.capacity))
+        scores.mul_(inputs.scaling)
         if inputs.softcap is not None:
             scores = torch.tanh(scores / inputs.softcap) * inputs.softcap
         return scores
