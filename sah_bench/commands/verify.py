@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from ..options import debug_option, plugin_option
 
 if TYPE_CHECKING:
+    from sah_core.testing.golden import CaseResult
     from sah_core.testing.golden_metrics import FileResult
 
 _FIRST = 5
 """How many cases that differ are shown per file."""
 
 _COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON in place of lines: an object a result."
+)
 
 
 @click.group()
@@ -34,9 +41,10 @@ def verify() -> None:
     help="Only this backend, not all that can run here; may be repeated.",
 )
 @click.option("--device", default="cpu", help="Where the cases run.")
+@json_option
 @plugin_option
 @debug_option
-def maskers(paths: tuple[str, ...], backends: tuple[str, ...], device: str) -> None:
+def maskers(paths: tuple[str, ...], backends: tuple[str, ...], device: str, as_json: bool) -> None:
     """Check maskers and backends on golden cases.
 
     PATH is a safetensors file, or a folder that holds some. One line per file and backend: passed,
@@ -45,7 +53,10 @@ def maskers(paths: tuple[str, ...], backends: tuple[str, ...], device: str) -> N
     from sah_core.testing.golden import run_maskers
 
     totals: Counter[str] = Counter()
-    for result in run_maskers(paths, backends or None, device):
+    results = run_maskers(paths, backends or None, device)
+    if as_json:
+        _print_json(results)
+    for result in results:
         totals[result.status] += 1
         status = click.style(result.status.ljust(7), fg=_COLOURS[result.status])
         line = f"{status}  {result.case}  {result.backend}"
@@ -58,9 +69,10 @@ def maskers(paths: tuple[str, ...], backends: tuple[str, ...], device: str) -> N
 @verify.command("metrics")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("-v", "--verbose", is_flag=True, help="Show the first cases that differ.")
+@json_option
 @plugin_option
 @debug_option
-def metrics(paths: tuple[str, ...], verbose: bool) -> None:
+def metrics(paths: tuple[str, ...], verbose: bool, as_json: bool) -> None:
     """Check metrics on golden cases.
 
     PATH is a JSON file, or a folder that holds some. One line per file: passed, failed or skipped,
@@ -70,7 +82,10 @@ def metrics(paths: tuple[str, ...], verbose: bool) -> None:
 
     totals: Counter[str] = Counter()
     cases: Counter[str] = Counter()
-    for result in run_metrics(paths):
+    results = run_metrics(paths)
+    if as_json:
+        _print_json(results)
+    for result in results:
         totals[result.status] += 1
         for outcome in ("passed", "failed", "accepted", "skipped"):
             cases[outcome] += getattr(result, outcome)
@@ -84,6 +99,17 @@ def metrics(paths: tuple[str, ...], verbose: bool) -> None:
     click.echo(f"files: {files}. cases: {counts}.")
     if totals["failed"]:
         raise click.exceptions.Exit(1)
+
+
+def _print_json(results: Iterable[CaseResult] | Iterable[FileResult]) -> NoReturn:
+    """Print all results and end the command, with 1 if any failed."""
+    import attrs
+
+    listed: list[dict[str, Any]] = [
+        {**attrs.asdict(result), "path": str(result.path)} for result in results
+    ]
+    click.echo(json.dumps(listed, indent=2))
+    raise click.exceptions.Exit(int(any(one["status"] == "failed" for one in listed)))
 
 
 def _cases_text(result: FileResult) -> str:

@@ -5,18 +5,20 @@ A case is a safetensors file. Its tensors are ``query`` ``(batch, heads, query_l
 key_len)`` bool (True = may be attended), and what is expected: ``probability`` ``(batch, heads,
 query_len, key_len)`` and ``output`` ``(batch, heads, query_len, value_dim)``. Its metadata names
 the ``pipeline`` (JSON: maskers and their parameters), the ``scaling`` and the layer, ``layer_idx``.
-The masker ``given`` stands for the tensor of that name: a literal mask. Where the metadata holds
-``sorted_channels``, it is the channel file of ``double_sparsity`` as JSON.
+The masker ``given`` stands for the tensor of that name: a literal mask, united with what was
+selected before it. Where the metadata holds ``sorted_channels``, it is the channel file of
+``double_sparsity`` as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import attrs
 import torch
@@ -107,22 +109,35 @@ class Case:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            steps = json.loads(metadata["pipeline"])
-            case = cls(
-                path=path,
-                name=metadata.get("case", path.stem),
-                pipeline=tuple((step["masker"], dict(step["params"])) for step in steps),
-                scaling=float(metadata["scaling"]),
-                layer=int(metadata.get("layer_idx", 0)),
-                channels=metadata.get("sorted_channels", ""),
-                tensors=tensors,
-            )
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError) as error:
             raise _not_a_case(path, f"{type(error).__name__}: {error}") from error
-        missing = [name for name in _TENSORS if name not in tensors]
-        if missing:
-            raise _not_a_case(path, f"it lacks {', '.join(missing)}")
-        return case
+        absent = [name for name in ("pipeline", "scaling") if name not in metadata]
+        if absent:
+            raise _not_a_case(path, f"its metadata lacks {' and '.join(absent)}")
+        pipeline = _steps(path, metadata["pipeline"])
+        numbers: dict[str, Any] = {}
+        for name, kind, text in (
+            ("scaling", float, metadata["scaling"]),
+            ("layer_idx", int, metadata.get("layer_idx", "0")),
+        ):
+            try:
+                numbers[name] = kind(text)
+            except ValueError:
+                numbers[name] = math.nan
+            if not (math.isfinite(numbers[name]) and numbers[name] >= 0):
+                raise _not_a_case(path, f"its {name} is {text!r}, no number >= 0")
+        reason = _misfit(tensors, given=GIVEN in dict(pipeline))
+        if reason:
+            raise _not_a_case(path, reason)
+        return cls(
+            path=path,
+            name=metadata.get("case", path.stem),
+            pipeline=pipeline,
+            scaling=numbers["scaling"],
+            layer=numbers["layer_idx"],
+            channels=metadata.get("sorted_channels", ""),
+            tensors=tensors,
+        )
 
     def on(self, device: str) -> Case:
         """The case with its tensors on another device."""
@@ -156,20 +171,36 @@ class Case:
         Raises:
             SahError: A masker is not installed, or refuses the case's parameters.
         """
-        if [name for name, _ in self.pipeline] == [GIVEN]:
-            return Mask.from_dense(self.tensors[GIVEN])
         with TemporaryDirectory() as folder:
             files = {}
             if self.channels:
                 file = Path(folder) / f"{self.name}.json"
                 file.write_text(self.channels, encoding="utf-8")
                 files["sorted_channel_file"] = str(file)
-            steps = tuple(_masker(name, params, files) for name, params in self.pipeline)
+            steps = tuple(
+                _Given(probability=self.tensors[GIVEN])
+                if name == GIVEN
+                else _masker(name, params, files)
+                for name, params in self.pipeline
+            )
             return build_mask(steps, inputs)
 
     def channel_layers(self) -> list[int]:
         """The layers that the channel file has, as its names say."""
         return [int(layer) for layer in re.findall(r'layers\.(\d+)\.[^"]*":', self.channels)]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Given(Masker):
+    """A literal mask as a step of a pipeline."""
+
+    name: ClassVar[str] = GIVEN
+
+    probability: Tensor
+
+    def add_mask(self, inputs: Inputs, previous: Mask) -> Mask:
+        """Add the literal mask."""
+        return previous | Mask.from_dense(self.probability)
 
 
 def run_maskers(
@@ -267,6 +298,62 @@ def _run(case: Case, name: str) -> tuple[Status, str]:
     if refusal is not None:
         return "skipped", f"backend {name} refuses: {refusal}"
     return "passed", ""
+
+
+def _steps(path: Path, text: str) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """Names and parameters of the maskers, from the JSON text of a case."""
+    try:
+        steps = json.loads(text)
+    except ValueError as error:
+        raise _not_a_case(path, f"its pipeline is no JSON: {error}") from error
+    if not isinstance(steps, list) or not steps:
+        raise _not_a_case(path, f"its pipeline is {text!r}, no list of maskers")
+    found = []
+    for step in steps:
+        known = isinstance(step, dict) and isinstance(step.get("masker"), str)
+        if not known or not isinstance(step.get("params", {}), dict):
+            reason = (
+                f"its pipeline has the step {json.dumps(step)}, without a masker and its params"
+            )
+            raise _not_a_case(path, reason)
+        found.append((step["masker"], step.get("params", {})))
+    return tuple(found)
+
+
+def _misfit(tensors: dict[str, Tensor], *, given: bool) -> str:
+    """Why the tensors of a case do not fit together; empty if they do."""
+    names = (*_TENSORS, GIVEN) if given else _TENSORS
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        return f"it lacks {', '.join(missing)}"
+    for name in names:
+        shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
+        kind = dtype == torch.bool if name == "keep" else dtype.is_floating_point
+        if not kind or len(shape) != 4 or 0 in shape:
+            what = "bool" if name == "keep" else "float"
+            return f"{name} is {dtype} {shape}, expected {what} of 4 dimensions, none of them 0"
+    batch, heads, query_len, head_dim = tensors["query"].shape
+    kv_heads, key_len = tensors["key"].shape[1:3]
+    if heads % kv_heads or query_len > key_len:
+        return (
+            f"{heads} query heads on {kv_heads} KV heads, {query_len} queries on {key_len} keys: "
+            "expected a multiple, and no more queries than keys"
+        )
+    value_dim = tensors["value"].shape[3]
+    keep_heads = 1 if tensors["keep"].shape[1] == 1 else heads
+    expected = {
+        "key": (batch, kv_heads, key_len, head_dim),
+        "value": (batch, kv_heads, key_len, value_dim),
+        "keep": (batch, keep_heads, query_len, key_len),
+        "probability": (batch, heads, query_len, key_len),
+        "output": (batch, heads, query_len, value_dim),
+        GIVEN: (batch, heads, query_len, key_len),
+    }
+    for name in names[1:]:
+        if tuple(tensors[name].shape) != expected[name]:
+            shape = tuple(tensors[name].shape)
+            return f"{name} is of shape {shape}, which does not fit the others: {expected[name]}"
+    return ""
 
 
 def _masker(name: str, params: dict[str, Any], files: dict[str, str]) -> Masker:

@@ -42,7 +42,7 @@ def attention(query, key, value, probability, scaling):
 
 @pytest.fixture
 def write(tmp_path):
-    def write(name="a", masker="sink", params=None, given=None, change=None):
+    def write(name="a", masker="sink", params=None, given=None, change=None, metadata=()):
         query, key, value, keep = case_tensors()
         probability = torch.zeros(1, 2, 3, 8)
         probability[..., :2] = 1.0
@@ -56,9 +56,10 @@ def write(tmp_path):
         if change is not None:
             change(tensors)
         steps = [{"masker": masker, "params": {"sink_size": 2} if params is None else params}]
-        metadata = {"pipeline": json.dumps(steps), "scaling": "0.5", "layer_idx": "1", "case": name}
+        facts = {"pipeline": json.dumps(steps), "scaling": "0.5", "layer_idx": "1", "case": name}
+        facts.update(metadata)
         path = tmp_path / f"{name}.safetensors"
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, facts)
         return path
 
     return write
@@ -173,6 +174,97 @@ def test_a_file_that_lacks_a_tensor_is_no_case(write):
     assert "it lacks output" in result.reason
 
 
+NOT_CASES = {
+    "no masker": ({"pipeline": "[]"}, "its pipeline is '[]', no list of maskers"),
+    "text": ({"pipeline": "sink(2)"}, "its pipeline is no JSON"),
+    "number": ({"pipeline": '[{"masker": 3}]'}, 'the step {"masker": 3}, without a masker'),
+    "list": (
+        {"pipeline": '[{"masker": "sink", "params": [1]}]'},
+        "without a masker and its params",
+    ),
+    "given": ({"pipeline": '[{"masker": "given"}]'}, "it lacks given"),
+    "scaling": ({"scaling": "wide"}, "its scaling is 'wide', no number >= 0"),
+    "layer": ({"layer_idx": "-1"}, "its layer_idx is '-1', no number >= 0"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), NOT_CASES.values(), ids=NOT_CASES)
+def test_metadata_that_says_nothing_is_no_case(write, change, reason):
+    """And the cases after it still run."""
+    write("b")
+    path = write("a", metadata=change)
+    bad, good = run_maskers([path.parent], ["eager"])
+    assert (bad.case, bad.status, good.status) == ("a", "failed", "passed")
+    assert reason in bad.reason
+
+
+def test_metadata_without_a_pipeline_is_no_case(tmp_path):
+    save_file({"query": torch.zeros(1)}, tmp_path / "a.safetensors")
+    assert "its metadata lacks pipeline and scaling" in run(tmp_path).reason
+
+
+SHAPES = {
+    "query": (lambda t: t.long(), "query is torch.int64 (1, 2, 3, 4), expected float of 4"),
+    "key": (lambda t: t[..., :3], "key is of shape (1, 1, 8, 3), which does not fit"),
+    "value": (lambda t: t[:, :, :7], "value is of shape (1, 1, 7, 4), which does not fit"),
+    "keep": (lambda t: t.float(), "keep is torch.float32 (1, 1, 3, 8), expected bool"),
+    "probability": (lambda t: t[:, :1], "probability is of shape (1, 1, 3, 8), which does not"),
+    "output": (lambda t: t[:, :, :0], "output is torch.float32 (1, 2, 0, 4), expected float"),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "reason"), [(n, *s) for n, s in SHAPES.items()])
+def test_tensors_that_do_not_fit_together_are_no_case(write, name, change, reason):
+    """What would broadcast could pass by chance."""
+    result = run(write(change=lambda tensors: tensors.update({name: change(tensors[name])})))
+    assert result.status == "failed"
+    assert f"is no golden case: {reason}" in result.reason
+
+
+def test_heads_that_are_no_multiple_are_no_case(write):
+    def third(tensors):
+        tensors["key"] = tensors["key"].expand(-1, 3, -1, -1)
+
+    assert "2 query heads on 3 KV heads" in run(write(change=third)).reason
+
+
+def test_a_literal_mask_may_be_one_step_of_several(write):
+    given = torch.zeros(1, 2, 3, 8)
+    given[..., 3] = 0.25
+    given[0, 1, 2] = 0.0
+    united = given.clone()
+    united[..., :2] = 1.0
+    steps = [{"masker": "given"}, {"masker": "sink", "params": {"sink_size": 2}}]
+
+    def both(tensors):
+        tensors["probability"] = united * tensors["keep"]
+        tensors["output"] = attention(
+            *(tensors[name] for name in ("query", "key", "value", "probability")), 0.5
+        )
+
+    path = write(given=given, change=both, metadata={"pipeline": json.dumps(steps)})
+    assert run(path).status == "passed"
+
+
+def test_results_as_json(write, tmp_path):
+    write("bad", params={"sink_size": 3})
+    write("good")
+    command = ["verify", "maskers", str(tmp_path), "--backend", "eager", "--json"]
+    result = CliRunner().invoke(main, command)
+    bad, good = json.loads(result.output)
+    assert result.exit_code == 1
+    assert bad["reason"].startswith("selection: 6 keys too many")
+    assert good == {
+        "path": str(tmp_path / "good.safetensors"),
+        "case": "good",
+        "backend": "eager",
+        "status": "passed",
+        "reason": "",
+    }
+    command[2] = good["path"]
+    assert CliRunner().invoke(main, command).exit_code == 0
+
+
 def test_the_command_prints_a_line_each_and_totals(write, tmp_path):
     write("good")
     write("unknown", masker="nothing", params={})
@@ -217,6 +309,13 @@ class TestMetrics:
             "skipped  unknown.json  0 of 1 cases, 1 skipped: metric best_of_all is not installed\n"
             "files: 1 passed, 0 failed, 1 skipped. cases: 1 passed, 1 skipped.\n"
         )
+
+    def test_results_as_json(self, case_file):
+        path = case_file(expected=0.5)
+        result = self.run(path, "--json")
+        assert result.exit_code == 1
+        [found] = json.loads(result.output)
+        assert (found["path"], found["status"], found["failed"]) == (str(path), "failed", 1)
 
     def test_a_difference_fails_and_is_shown_when_asked(self, case_file):
         path = case_file(expected=0.5)
