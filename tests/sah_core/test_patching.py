@@ -16,18 +16,13 @@ from sah_core.patching import use
 pytestmark = [
     pytest.mark.unit,
     # gpt-oss: the tiny configuration's context is shorter than its YaRN settings say
-    pytest.mark.usefixtures("quiet"),
+    pytest.mark.usefixtures("quiet", "no_grad"),
 ]
 
 FAMILIES = ("llama", "gemma2", "gemma3", "gpt-oss")
 EVERYTHING = ("local(1.0)", "oracle-top-k(1.0)", "sink(10000)")
 ALL_LAYERS = "layer_types=[full_attention, sliding_attention]"
 CONTEXT, QUESTION = 24, 5
-
-
-@pytest.fixture
-def quiet(caplog):
-    caplog.set_level("ERROR", logger="transformers")
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +37,6 @@ def built(models):
         return made[family]
 
     return get
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 def empty_cache(model):

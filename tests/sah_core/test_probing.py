@@ -10,20 +10,9 @@ from sah_core import attach, compat
 from sah_core.errors import PipelineError, UnsupportedError
 from sah_core.probing import check_model, check_padding, check_reading, relative_error
 
-pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet")]
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet", "no_grad")]
 
 SMALL = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-
-
-@pytest.fixture
-def quiet(caplog):
-    caplog.set_level("ERROR", logger="transformers")
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 def other(name, **options):

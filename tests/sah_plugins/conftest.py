@@ -3,12 +3,6 @@
 import pytest
 
 
-@pytest.fixture
-def quiet(caplog):
-    """transformers warns of no more than errors."""
-    caplog.set_level("ERROR", logger="transformers")
-
-
 @pytest.fixture(scope="module")
 def make(models):
     """Makes adapters; a model is built once per family."""

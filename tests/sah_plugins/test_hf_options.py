@@ -24,17 +24,12 @@ from sah_plugins.adapters.hf import HuggingFaceAdapter
 from sah_plugins.adapters.hf.loading import Loaded
 from sah_plugins.adapters.hf.options import REFUSED, config_settings
 
-pytestmark = pytest.mark.unit
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet")]
 
 CONTEXT = "the hen and the rat are on the hearth. an ant is in the red tin.\nno one is there. "
 QUESTIONS = ("who is in the tin?", "where is the hen?", "is the rat on it?")
 STATEFUL, EVERYTHING = "sink(2) | quest(8, page_size=4)", "local(1.0)"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "requests.md"
-
-
-@pytest.fixture(autouse=True)
-def _quiet(caplog):
-    caplog.set_level("ERROR", logger="transformers")
 
 
 @pytest.fixture(scope="module")

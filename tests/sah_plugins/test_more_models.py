@@ -8,7 +8,7 @@ import torch
 from sah_core import attach, compat
 from sah_core.probing import check_padding
 
-pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet")]
+pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet", "no_grad")]
 
 FAMILIES = (
     "apertus",
@@ -47,17 +47,6 @@ FAMILIES = (
     "starcoder2",
 )
 LENGTH, CUTS, CHANGED = 33, (0, 24, 29, 30, 31, 32, 33), 21
-
-
-@pytest.fixture
-def quiet(caplog):
-    caplog.set_level("ERROR", logger="transformers")
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 def everywhere(model):
