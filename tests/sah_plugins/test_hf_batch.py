@@ -61,6 +61,22 @@ def test_a_batch_gives_the_answers_of_each_request_alone(models, make, family, p
     assert {d.batch for r in together for d in r.details} == {4}
 
 
+@pytest.mark.parametrize(
+    ("method", "instead"),
+    [
+        ("answer", "answer_batch answers them all"),
+        ("loglikelihood", "prefill them alone"),
+        ("capture_decode", "prefill them alone"),
+    ],
+)
+def test_what_takes_one_context_refuses_a_batch(make, method, instead):
+    adapter = make("sink(4) | local(4)")
+    prefilled = adapter.prefill_batch(REQUESTS[:2])
+    message = f"{method} takes one context, and 2 were prefilled together; {instead}"
+    with pytest.raises(RequestError, match=message):
+        getattr(adapter, method)(prefilled)
+
+
 @attrs.frozen(kw_only=True)
 class Remember(Masker):
     """Keeps all keys and selects the first and the last few, if what it keeps is right."""

@@ -21,7 +21,7 @@ from .captured import CapturedDecode
 from .generation import Generation, generation_options
 from .loading import Loaded, check_name, load_model
 from .options import check_options, merged
-from .prefilled import Prefilled, padded_rows
+from .prefilled import Prefilled, check_alone, padded_rows
 from .prompts import build_prompts
 from .refusals import refuse
 from .rounds import rounds
@@ -303,8 +303,10 @@ class HuggingFaceAdapter(Writer):
             indices: Which questions; all when None.
 
         Raises:
-            RequestError: If the prefill was sparse and belongs to another pipeline.
+            RequestError: If the prefill was sparse and belongs to another pipeline, or is of
+                several contexts.
         """
+        check_alone(prefilled, "answer", "answer_batch answers them all")
         [response] = self.answer_batch(
             prefilled,
             pipeline,
@@ -395,8 +397,9 @@ class HuggingFaceAdapter(Writer):
 
         Raises:
             RequestError: If a text has less than two tokens, or the prefill was sparse and belongs
-                to another pipeline.
+                to another pipeline, or is of several contexts.
         """
+        check_alone(prefilled, "loglikelihood")
         parsed = self.pipeline if pipeline is None else Pipeline.parse(pipeline)
         state = self._state(prefilled, parsed)
         session = self._watched(state.session, observers)
@@ -426,13 +429,14 @@ class HuggingFaceAdapter(Writer):
 
         Raises:
             UnsupportedError: If pipeline or model cannot be captured.
+            RequestError: If the prefill is of several contexts.
         """
+        check_alone(prefilled, "capture_decode")
         parsed = self.pipeline if pipeline is None else Pipeline.parse(pipeline)
         state, prompt = self._state(prefilled, parsed), prefilled.prompts[index]
-        batch = prefilled.batch
-        asked = [prompt.ids[prompt.context_tokens :]] * batch
-        seen = torch.ones(batch, len(prompt.ids), dtype=torch.long, device=self.device)
-        extra = [prompt.ids[prefilled.shared : prompt.context_tokens]] * batch
+        asked = [prompt.ids[prompt.context_tokens :]]
+        seen = torch.ones(1, len(prompt.ids), dtype=torch.long, device=self.device)
+        extra = [prompt.ids[prefilled.shared : prompt.context_tokens]]
         resumed = self._resumed(prefilled, state, extra, prefilled.shared)
         with resumed as session, use(self.model, session):
             session.start_question()

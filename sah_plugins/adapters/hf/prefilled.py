@@ -9,6 +9,7 @@ import attrs
 
 from sah_core import Request
 from sah_core.attention import Session, Snapshot
+from sah_core.errors import RequestError
 
 from .prompts import Prompt
 
@@ -108,6 +109,18 @@ class Prefilled:
     def shareable(self) -> bool:
         """Whether any pipeline with a dense prefill can answer from here."""
         return self.session is None
+
+
+def check_alone(prefilled: Prefilled, method: str, instead: str = "prefill them alone") -> None:
+    """Refuse contexts that were read together where one is expected.
+
+    Raises:
+        RequestError: If there are several.
+    """
+    if prefilled.batch > 1:
+        raise RequestError(
+            f"{method} takes one context, and {prefilled.batch} were prefilled together; {instead}"
+        )
 
 
 def shared_context(prompts: Sequence[Prompt]) -> int:
