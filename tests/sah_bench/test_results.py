@@ -2,7 +2,9 @@
 
 import pytest
 
-from sah_bench.results import combine, saving
+from sah_bench.benchmark_plans import BenchmarkPlan
+from sah_bench.results import combine, result_of, saving
+from sah_bench.store import Cell
 from sah_core import Pipeline, registry
 
 pytestmark = pytest.mark.unit
@@ -40,3 +42,18 @@ def test_numbers_of_a_metric_that_does_not_say_how_are_averaged():
 )
 def test_saving_is_realised_only_if_every_backend_skips_keys(pipeline, backends, expected):
     assert saving(Pipeline.parse(pipeline), backends) == expected
+
+
+def test_seconds_are_means_over_contexts_and_over_timed_samples(fakes, tmp_path):
+    rows = [("a", 1.0, 2.0), ("a", 1.0, 4.0), ("b", 4.0, None), ("c", None, None)]
+    cell = Cell(
+        folder=tmp_path,
+        id="",
+        records=[{"context_id": context} for context, _, _ in rows],
+        timings=[{"prefill": prefill, "decode": decode} for _, prefill, decode in rows],
+    )
+    plan = BenchmarkPlan(benchmark=fakes.Quiz(), tasks=("easy",))
+    result = result_of(cell, "m", plan, "easy", Pipeline.dense(), None)
+    assert result.prefill_seconds == pytest.approx((1.0 + 4.0) / 2)
+    assert result.decode_seconds == pytest.approx((2.0 + 4.0) / 2)
+    assert (result.samples, result.timed) == (4, 2)
