@@ -98,6 +98,9 @@ class Allowed:
         Returns:
             Pure intervals when every row of ``keep`` is one run of keys shared by the heads,
             otherwise the enclosing intervals plus ``keep`` itself.
+
+        Raises:
+            TypeError: If ``keep`` is no 4-D bool tensor.
         """
         if keep.dtype != torch.bool or keep.dim() != 4:
             raise TypeError(f"keep must be a 4-D bool tensor, got {keep.dtype} {tuple(keep.shape)}")
@@ -171,6 +174,9 @@ class Allowed:
 
         Returns:
             bool, broadcast of ``keys`` with the batch, head and query dimensions of the limits.
+
+        Raises:
+            ValueError: If the heads of ``keys`` and of ``keep`` do not fit together.
         """
         inside = (keys >= self.start.unsqueeze(-1)) & (keys < self.stop.unsqueeze(-1))
         if self.keep is None:

@@ -136,7 +136,11 @@ class Inputs:
 
     @cached_property
     def length(self) -> Tensor:
-        """Valid keys on the device, int32 ``(1,)``."""
+        """Valid keys on the device, int32 ``(1,)``.
+
+        Raises:
+            ValueError: If the call was made with neither ``key_len`` nor ``length``.
+        """
         if self.given_length is not None:
             return self.given_length
         if self.key_len is None:

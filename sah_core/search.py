@@ -26,26 +26,42 @@ class Search:
 
     @classmethod
     def choice(cls, values: Sequence[Any]) -> Search:
-        """One of `values`, in no order."""
+        """One of `values`, in no order.
+
+        Raises:
+            ValueError: If there is none.
+        """
         if not values:
             raise ValueError("a search over choices needs at least one value")
         return cls("choice", values=tuple(values))
 
     @classmethod
     def uniform(cls, low: float, high: float) -> Search:
-        """A number between `low` and `high`."""
+        """A number between `low` and `high`.
+
+        Raises:
+            ValueError: If `low` is not below `high`.
+        """
         return cls("uniform", low=low, high=high)._ordered()
 
     @classmethod
     def log_uniform(cls, low: float, high: float) -> Search:
-        """A number between `low` > 0 and `high`, uniform in its logarithm."""
+        """A number between `low` > 0 and `high`, uniform in its logarithm.
+
+        Raises:
+            ValueError: If `low` is not above 0, or not below `high`.
+        """
         if low <= 0:
             raise ValueError(f"a logarithmic search needs low > 0, got {low}")
         return cls("log_uniform", low=low, high=high)._ordered()
 
     @classmethod
     def int_range(cls, low: int, high: int) -> Search:
-        """An integer from `low` to `high`, both included."""
+        """An integer from `low` to `high`, both included.
+
+        Raises:
+            ValueError: If `low` is not below `high`.
+        """
         return cls("int_range", low=low, high=high)._ordered()
 
     def _ordered(self) -> Search:

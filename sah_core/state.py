@@ -83,7 +83,11 @@ class GrowingBuffer:
 
     @property
     def view(self) -> Tensor:
-        """The filled part."""
+        """The filled part.
+
+        Raises:
+            RuntimeError: If nothing was ever appended, so that there is no shape.
+        """
         if self.data is None:
             raise RuntimeError("the buffer is empty")
         return self.data.narrow(self.dim, 0, self.length)

@@ -89,7 +89,12 @@ class Upkeep:
         self.needs_window = any("window_queries" in s.capabilities.needs for s in self._steps)
 
     def advance(self, kept: LayerState, inputs: Inputs) -> None:
-        """Take in the keys of a call, and announce the end of the prefill when it is over."""
+        """Take in the keys of a call, and announce the end of the prefill when it is over.
+
+        Raises:
+            UnsupportedError: If the cache has dropped keys, or under graph capture if the states
+                were not built from the context first.
+        """
         if inputs.key_len is None:
             self._append_captured(kept, inputs)
             return

@@ -91,7 +91,11 @@ def _cache_tensors(kv_cache: Any) -> Iterator[Tensor]:
 
 
 def snapshot_cache(kv_cache: Any) -> list[Any]:
-    """Remember the state of a cache: lengths, references or copies, whatever each layer needs."""
+    """Remember the state of a cache: lengths, references or copies, whatever each layer needs.
+
+    Raises:
+        UnsupportedError: For a cache layer class that is not known here.
+    """
     tokens: list[Any] = []
     for layer in kv_cache.layers:
         kind = kind_of(layer)

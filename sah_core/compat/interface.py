@@ -102,7 +102,24 @@ def run_attention(
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """Translate one call of the attention interface into one call of a session."""
+    """Translate one call of the attention interface into one call of a session.
+
+    Args:
+        session: Whose pipeline runs.
+        module: The attention module that calls.
+        query: ``(batch, heads, query_len, head_dim)``.
+        key: ``(batch, kv_heads, key_len, head_dim)``.
+        value: ``(batch, kv_heads, key_len, value_dim)``.
+        mask: What transformers passes as attention mask; see `as_allowed`.
+        scaling: Factor on ``q . k``; the module's own, or ``head_dim ** -0.5``, when None.
+        kwargs: Further arguments of the interface, such as a softcap or learned sinks.
+
+    Returns:
+        ``(batch, query_len, heads, value_dim)``.
+
+    Raises:
+        UnsupportedError: If the module does not know its layer, or what it asks for is not known.
+    """
     softcap, sinks = call_arguments(kwargs)
     causal = kwargs.get("is_causal")
     if causal is None:

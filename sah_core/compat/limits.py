@@ -34,6 +34,11 @@ def limits(
 ) -> Allowed:
     """transformers' mask function, giving structure instead of a tensor where the mask is an
     interval per row.
+
+    The arguments are those of transformers' ``sdpa_mask``.
+
+    Raises:
+        UnsupportedError: For a KV cache of fixed length, whose unused slots would count as keys.
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -177,6 +182,9 @@ def as_allowed(mask: Any, query_len: int, key: Tensor, *, causal: bool = True) -
         query_len: Query rows.
         key: The keys.
         causal: What None means: causal attention, or attention to everything.
+
+    Raises:
+        UnsupportedError: For anything else.
     """
     if isinstance(mask, Allowed):
         return mask

@@ -189,6 +189,11 @@ class HuggingFaceAdapter(Writer):
 
         Returns:
             One response per request, in order.
+
+        Raises:
+            ParameterError: If ``batch_size`` is no positive integer.
+            ContextTooLongError: As for `process_request`.
+            RequestError: Likewise.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ParameterError("request", "batch_size", batch_size, "an integer >= 1")
@@ -471,7 +476,12 @@ class HuggingFaceAdapter(Writer):
 
 
 def request_options(request_kwargs: Mapping[str, Any] | None) -> tuple[dict[str, Any], int | None]:
-    """The options for building prompts, and the tokens per prefill step."""
+    """The options for building prompts, and the tokens per prefill step.
+
+    Raises:
+        RequestError: For an option that is not known.
+        ParameterError: For a value that is not allowed.
+    """
     options = dict(request_kwargs or {})
     unknown = sorted(set(options) - set(REQUEST_OPTIONS))
     if unknown:

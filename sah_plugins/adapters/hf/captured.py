@@ -114,7 +114,11 @@ class CapturedDecode:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Make one more token per sequence; nothing waits for the device."""
+        """Make one more token per sequence; nothing waits for the device.
+
+        Raises:
+            UnsupportedError: If there is no more room.
+        """
         if self.steps >= self.room:
             raise UnsupportedError(
                 what=f"captured decoding of more than {self.room} tokens",

@@ -78,7 +78,11 @@ def build_prompts(
 
 
 def cut_context(context: str, tokenizer: Any, limit: int | None, policy: Truncation) -> str:
-    """The context cut to ``limit`` tokens, at character positions of token borders."""
+    """The context cut to ``limit`` tokens, at character positions of token borders.
+
+    Raises:
+        ContextTooLongError: If it is longer and the policy is ``none``.
+    """
     if limit is None or not context:
         return context
     spans = encode(tokenizer, context, special=False)[1]
@@ -95,7 +99,11 @@ def cut_context(context: str, tokenizer: Any, limit: int | None, policy: Truncat
 def build_prompt(
     request: Request, context: str, question: str, prefix: str, tokenizer: Any, chat: bool
 ) -> Prompt:
-    """Tokenise one prompt as a whole and find the last token that lies inside the context."""
+    """Tokenise one prompt as a whole and find the last token that lies inside the context.
+
+    Raises:
+        RequestError: If the template does not take the messages, or the prompt has no token.
+    """
     separator = request.separator if context else ""
     body = context + separator + question
     if chat:
@@ -142,6 +150,9 @@ def rendered(request: Request, body: str, tokenizer: Any) -> str:
 def find_body(text: str, body: str) -> tuple[int, int]:
     """Where the user's text starts in the rendered template, and how many leading characters it
     lost there.
+
+    Raises:
+        RequestError: If it is not there as it is.
     """
     for candidate in (body, body.rstrip(), body.strip()):
         at = text.rfind(candidate)
