@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -38,15 +38,19 @@ def benchmark_plans(values: Values, settings: Sequence[str]) -> tuple[BenchmarkP
     """
     found = []
     overrides = _overrides(settings)
+    unused = dict.fromkeys(overrides)
     folder = values.text("data_dir")
     for value, place in values.needed("benchmarks", "benchmark"):
         name, parameters = benchmark_call(value, place)
-        parameters |= overrides.pop(name, {})
+        if name in overrides:
+            unused.pop(name, None)
+            _check_overrides(name, overrides[name])
+            parameters |= overrides[name]
         if folder is not None:
             with place.naming_errors():
                 _set_data_dir(name, parameters, folder)
         found.append((_plan(name, parameters, place), place))
-    for name in overrides:
+    for name in unused:
         raise Place("--set").error(f"the experiment has no benchmark named {name!r}.")
     plans = distinct(found, lambda plan: repr(plan.benchmark))
     places = [place for _, place in found]
@@ -56,6 +60,19 @@ def benchmark_plans(values: Values, settings: Sequence[str]) -> tuple[BenchmarkP
             with place.naming_errors():
                 alone.benchmark.revision()  # data that is not there is found missing now
     return plans
+
+
+def _check_overrides(name: str, given: Mapping[str, Any]) -> None:
+    """Find what is wrong with parameters of a benchmark where they stand: on the command line."""
+    from sah_core.parameters import check_names, specs
+
+    with Place("--set").naming_errors():
+        benchmark = registry.benchmarks[name]
+        own = {key: value for key, value in given.items() if key != "tasks"}
+        check_names(benchmark, own)
+        for spec in specs(benchmark):
+            if spec.name in own:
+                spec.convert(name, own[spec.name])
 
 
 def _set_data_dir(name: str, parameters: dict[str, Any], folder: str) -> None:

@@ -127,6 +127,6 @@ def distinct(found: Sequence[tuple[T, Place]], key: Callable[[T], str]) -> tuple
     for value, place in found:
         earlier = seen.setdefault(key(value), place)
         if earlier is not place:
-            where = f" as {earlier.where}" if earlier.where else ""
+            where = f": it stands at {earlier.where} too" if earlier.where else ""
             raise place.error(f"{short_repr(key(value))} is given twice{where}.")
     return tuple(value for value, _ in found)

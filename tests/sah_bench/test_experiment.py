@@ -108,9 +108,13 @@ def test_backend_goes_to_the_sparse_pipelines_that_name_none(document):
         (
             "pipelines",
             [{"name": "a", "steps": "sink(4)"}, {"name": "a", "steps": "sink(5)"}],
-            "e.yaml: pipelines[1]: 'a' is given twice as pipelines[0].",
+            "e.yaml: pipelines[1]: 'a' is given twice: it stands at pipelines[0] too.",
         ),
-        ("pipelines", ["dense", "dense"], "e.yaml: pipelines[1]: 'dense' is given twice as pipel"),
+        (
+            "pipelines",
+            ["dense", "dense"],
+            "e.yaml: pipelines[1]: 'dense' is given twice",
+        ),
         ("pipelines", [], "e.yaml: pipelines: e.yaml needs at least one pipeline"),
         ("pipelines", [{"steps": ["sink"], "nme": 1}], "e.yaml: pipelines[0]: Pipeline: no param"),
         ("models", [3], "e.yaml: models[0]: 3 is not allowed: expected the name of a model."),
@@ -134,7 +138,11 @@ def test_backend_goes_to_the_sparse_pipelines_that_name_none(document):
         ("adapter", "fke", "e.yaml: adapter: no adapter named 'fke'."),
         ("metrics", ["densty"], "e.yaml: metrics[0]: no metric named 'densty'."),
         ("metrics", ["mass(every=0)"], "e.yaml: metrics[0]: mass: every = 0 is not allowed"),
-        ("metrics", ["mass", "mass(2)"], "e.yaml: metrics[1]: 'mass' is given twice as metrics[0]"),
+        (
+            "metrics",
+            ["mass", "mass(2)"],
+            "e.yaml: metrics[1]: 'mass' is given twice: it",
+        ),
         ("metrics", ["mass("], "e.yaml: metrics[0]: metric 'mass(': found the end of the text"),
         ("timed_samples", -1, "e.yaml: timed_samples: -1 is not allowed: expected an integer >= 0"),
         ("generation", {"max_new_tokens": 3}, "e.yaml: generation: max_new_tokens does not stand"),
@@ -146,6 +154,13 @@ def test_backend_goes_to_the_sparse_pipelines_that_name_none(document):
 def test_mistakes_in_a_file_are_named_with_their_place(document, key, value, message):
     document[key] = value
     assert error(document).startswith(message)
+
+
+def test_a_setting_is_for_every_entry_of_its_benchmark(document):
+    document["benchmarks"] = ["quiz(contexts=2)", "quiz(contexts=3)"]
+    made = read(document, settings=["quiz.answer_tokens=5"])
+    assert [plan.benchmark.contexts for plan in made.benchmarks] == [2, 3]
+    assert [plan.benchmark.answer_tokens for plan in made.benchmarks] == [5, 5]
 
 
 def test_what_a_generation_config_says_is_part_of_the_experiment(document, tmp_path):
@@ -187,6 +202,12 @@ def test_set_says_how_it_is_written(document, setting):
 
 
 def test_set_refuses_a_benchmark_that_does_not_run(document):
+    assert error(document, settings=["quiz.contxts=1"]).startswith(
+        "--set: quiz: no parameter named 'contxts'. did you mean 'contexts'?"
+    )
+    assert error(document, settings=["quiz.contexts=0"]).startswith(
+        "--set: quiz: contexts = 0 is not allowed: expected an integer >= 1."
+    )
     assert error(document, settings=["niah.samples=1"]) == (
         "--set: the experiment has no benchmark named 'niah'."
     )
