@@ -74,11 +74,6 @@ class MadeUpContext:
         """Cached tokens."""
         return self.shared
 
-    @property
-    def shareable(self) -> bool:
-        """Any pipeline can go on from here."""
-        return True
-
 
 def load(plan: DecodePlan) -> Any:
     """The adapter around the model.

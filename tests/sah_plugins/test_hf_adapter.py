@@ -173,7 +173,6 @@ def test_pipelines_on_one_dense_prefill_equal_their_own_runs_in_any_order(make, 
         for pipeline in (*PIPELINES, *reversed(PIPELINES), PIPELINES[2]):
             assert adapter.answer(prefilled, pipeline, NEW).responses == own[pipeline]
     assert passes.tokens.count(prefilled.shared) == 1
-    assert prefilled.shareable
 
 
 def test_a_sparse_prefill_serves_its_own_pipeline_only(make):
@@ -181,7 +180,6 @@ def test_a_sparse_prefill_serves_its_own_pipeline_only(make):
     sparse = "sink(2) | local(4) @ prefill=sparse"
     request = Request(context=CONTEXT, questions=QUESTIONS)
     prefilled = adapter.prefill(request, pipeline=sparse)
-    assert not prefilled.shareable
     assert adapter.answer(prefilled, sparse, NEW).responses
     for other in ("dense", "sink(2) | local(4)", "sink(2) | local(5) @ prefill=sparse"):
         with pytest.raises(RequestError, match="needs its own"):

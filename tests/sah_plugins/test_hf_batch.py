@@ -14,7 +14,7 @@ from sah_core.models import ModelSource
 from sah_core.state import GrowingBuffer
 from sah_plugins.adapters.hf import HuggingFaceAdapter
 from sah_plugins.adapters.hf.loading import Loaded
-from sah_plugins.adapters.hf.prefilled import Row
+from sah_plugins.adapters.hf.prefilled import Row, shared_context
 from sah_plugins.adapters.hf.prompts import Prompt
 from sah_plugins.adapters.hf.rounds import rounds
 from sah_plugins.metrics.density import Density
@@ -59,6 +59,20 @@ def test_a_batch_gives_the_answers_of_each_request_alone(models, make, family, p
     assert token_ids(together) == token_ids(alone)
     assert [r.responses for r in together] == [r.responses for r in alone]
     assert {d.batch for r in together for d in r.details} == {4}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [
+        ([((1, 2, 3, 4), 3)], 3),
+        ([((1, 2, 3, 4), 3), ((1, 2, 3, 5, 6), 3)], 3),
+        ([((1, 2, 3, 4), 3), ((1, 2, 7, 4), 2)], 2),
+        ([((1, 2, 3, 4), 3), ((1, 9, 3, 4), 3)], 1),
+        ([((1, 2, 3, 4), 3), ((1, 2, 8, 4), 3), ((5, 2, 3, 4), 3)], 0),
+    ],
+)
+def test_what_prompts_share_ends_where_one_differs_or_its_context_ends(prompts, shared):
+    assert shared_context([Prompt(*prompt) for prompt in prompts]) == shared
 
 
 @pytest.mark.parametrize(

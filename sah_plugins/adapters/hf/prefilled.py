@@ -105,11 +105,6 @@ class Prefilled:
         """Tokens of the longest context part among the prompts."""
         return max(p.context_tokens for row in self.rows for p in row.prompts)
 
-    @property
-    def shareable(self) -> bool:
-        """Whether any pipeline with a dense prefill can answer from here."""
-        return self.session is None
-
 
 def check_alone(prefilled: Prefilled, method: str, instead: str = "prefill them alone") -> None:
     """Refuse contexts that were read together where one is expected.
