@@ -6,7 +6,9 @@ Nothing heavy is imported here: ``sah-bench --help`` costs Python, click and thi
 from __future__ import annotations
 
 import difflib
+import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -136,6 +138,27 @@ def _report(error: Exception) -> int:
     return FAULT
 
 
+class EachOnce(logging.Handler):
+    """Shows a warning once, however many samples and layers it comes from."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line to standard error, wherever that leads by now: a bar may stand there."""
+        text = self.format(record)
+        if text not in self._shown:
+            self._shown.add(text)
+            sys.stderr.write(f"{text}\n")
+
+
+def _show_each_warning_once(ctx: click.Context) -> None:
+    handler, root = EachOnce(), logging.getLogger()
+    root.addHandler(handler)
+    ctx.call_on_close(lambda: root.removeHandler(handler))
+
+
 def _warn_of_unknown_settings() -> None:
     """Say which names in the environment fit no plugin: a slip there would go unnoticed."""
     if not any(os.environ.get(variable) for variable in _PLUGIN_SETTINGS):
@@ -172,6 +195,7 @@ def main(ctx: click.Context, strict_plugins: bool) -> None:
     """Compare sparse-attention methods on language models and benchmarks."""
     if os.environ.get("NO_COLOR"):
         ctx.color = False
+    _show_each_warning_once(ctx)
     load_plugin_files(ctx.meta.get(PLUGIN_FILES, ()))
     _warn_of_unknown_settings()
     if strict_plugins:

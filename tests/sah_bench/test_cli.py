@@ -1,6 +1,7 @@
 """The command line as a whole: start-up, errors, exit codes."""
 
 import json
+import logging
 import re
 import signal
 import subprocess
@@ -156,6 +157,25 @@ def test_fault_is_one_line_and_exit_code_1(failing):
     assert result.stderr == (
         "error: ZeroDivisionError: division by zero. run it with --debug for the traceback.\n"
     )
+
+
+class Warns(click.Command):
+    """Warns as a backend does that refuses, sample by sample."""
+
+    def invoke(self, ctx):
+        for sample in range(3):
+            logging.getLogger("sah_core.attention").warning("%s refuses", "triton")
+            logging.getLogger("anyone").warning("sample %d", sample)
+            logging.getLogger("sah_core.attention").info("nothing of note")
+
+
+def test_a_warning_is_shown_once_per_command(monkeypatch):
+    before = list(logging.getLogger().handlers)
+    monkeypatch.setattr(cli.LazyGroup, "get_command", lambda *_: Warns("env"))
+    for _ in range(2):
+        result = invoke("env")
+        assert result.stderr == "triton refuses\nsample 0\nsample 1\nsample 2\n"
+    assert logging.getLogger().handlers == before
 
 
 def test_debug_lets_the_traceback_through(failing):
