@@ -252,6 +252,9 @@ def test_an_answer_leads_to_the_next_question_of_a_chain(experiment, fakes, monk
     contexts = [(call[1], call[2]) for call in calls(fakes, "prefill")]
     assert (f"after {turn['prediction']}", None) in contexts
     assert ("after no", "sink(sink_size=5) @ prefill=sparse") in contexts
+    # a prefill that runs sparse is observed, that of a later question too
+    kinds = {call[0] for call in fakes.FakeAdapter.calls if call[1:2] == ("after no",)}
+    assert "watched prefill" in kinds
 
 
 def test_what_a_task_prescribes_for_generation_gives_way_to_the_experiment(
