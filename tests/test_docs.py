@@ -1,6 +1,7 @@
 """The documentation names what exists."""
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +46,14 @@ def test_every_masker_has_a_page_with_its_parameters_and_their_defaults(name: st
     assert shown == declared
 
 
+@pytest.mark.parametrize("name", MASKERS)
+def test_every_masker_says_what_differs_from_the_paper(name: str) -> None:
+    page = (ROOT / "docs" / "maskers" / f"{name}.md").read_text()
+    docstring = inspect.getdoc(inspect.getmodule(registry.maskers[name])) or ""
+    for text in (page, " ".join(docstring.split())):
+        assert re.search(r"Differs from (the|no) papers?", text)
+
+
 def prose_of(page: Path) -> str:
     """The text of a page without its blocks of code."""
     return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
@@ -73,8 +82,6 @@ def test_links_of_the_documentation_lead_somewhere(page: Path) -> None:
 
 
 def test_every_hook_and_its_arguments_are_documented() -> None:
-    import inspect
-
     from sah_core import hookspecs
 
     text = (ROOT / "docs" / "hooks.md").read_text()

@@ -7,7 +7,8 @@ this step makes the intersection explicit where a mask leaves the framework, or 
 step should be seen clipped. It is an AND: it only ever removes, and nothing after it can re-admit a
 forbidden key.
 
-Costs O(selected) per query and no memory.
+Differs from the paper in nothing: it is the mask of its decoder, as a step. Costs O(selected) per
+query and no memory.
 """
 
 from typing import ClassVar

@@ -1,7 +1,7 @@
 """Random at budget: as many random keys as another pipeline selects, the control for its choice.
 
-A control, from no paper: what a method gains over this one, it gains by which keys it chooses and
-not by how many.
+A control: what a method gains over this one, it gains by which keys it chooses and not by how many.
+Differs from no paper: it is a definition.
 
 The named pipeline runs beside, with its own state and random numbers, exactly as it would alone;
 per sequence, query head and query row its selected keys are counted, and that many are drawn

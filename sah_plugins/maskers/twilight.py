@@ -95,7 +95,7 @@ class Twilight(Masker):
     )
     keep_ranges: bool = param(
         False,
-        help="Leave ranges (sink, window) alone: the share is then one of what was chosen by index",
+        help="Leave ranges (sink, window) alone: the share is one of what was chosen by index.",
     )
 
     def init_state(self, layer: LayerInfo) -> RoundedKeys | None:
