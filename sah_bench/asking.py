@@ -186,7 +186,7 @@ class Asking:
             ]
 
     def _sparse(self, pipeline: Pipeline, shared: Any) -> list[Answer]:
-        reads_alone = "prefill" in pipeline.phases
+        reads_alone = pipeline.prefills
         prefilled = shared
         if reads_alone:
             self.tell(f"reading the context with {pipeline.label}")

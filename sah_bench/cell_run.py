@@ -50,7 +50,7 @@ class CellRun:
     @property
     def prefills_itself(self) -> bool:
         """Whether its prefill is sparse, so that it cannot use the one that the others share."""
-        return not self.pipeline.is_dense and "prefill" in self.pipeline.phases
+        return self.pipeline.prefills
 
     def missing(self, examples: Sequence[Example]) -> list[int]:
         """Which of the examples it has not answered yet."""

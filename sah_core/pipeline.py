@@ -171,6 +171,11 @@ class Pipeline:
         """Whether the model is left as it is."""
         return not self.steps
 
+    @property
+    def prefills(self) -> bool:
+        """Whether its prefill is sparse, so that no other pipeline can answer from it."""
+        return not self.is_dense and "prefill" in self.phases
+
     def check_artifacts(self) -> None:
         """Find files of the steps that are missing or damaged before a model is loaded.
 

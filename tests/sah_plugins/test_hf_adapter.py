@@ -149,6 +149,27 @@ def test_contexts_that_end_differently_for_each_question_give_the_same_answers(
     assert again.responses == together.responses[::-1]
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "options"),
+    [
+        ("quest(8, page_size=4) @ prefill=sparse", {"prefill_chunk_size": 9}),
+        ("sink(1) | oracle-top-k(30%) @ prefill=sparse", {}),
+    ],
+)
+def test_a_question_whose_context_ends_elsewhere_has_the_sparse_prefill_that_it_has_alone(
+    make, pipeline, options
+):
+    # pages are judged by the keys of a pass, and a fraction counts them
+    adapter = make(pipeline=pipeline)
+    context = "ant. the an and ant? an\nq? ink\nink\nan? an\nand."
+    request, questions = {"context": context, "separator": ""}, (" b", "\nwho is?", "the")
+    together = adapter.process_request(Request(questions=questions, **request), NEW, options)
+    assert len({d.context_tokens for d in together.details}) > 1
+    for question, detail in zip(questions, together.details, strict=True):
+        alone = adapter.process_request(Request(questions=question, **request), NEW, options)
+        assert alone.details[0].token_ids == detail.token_ids
+
+
 def test_some_of_the_questions_can_be_asked(make):
     adapter = make()
     prefilled = adapter.prefill(Request(context=CONTEXT, questions=QUESTIONS))

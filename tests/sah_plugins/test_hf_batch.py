@@ -137,6 +137,18 @@ def test_a_batch_may_be_read_in_chunks(make, family, pipeline, chunk):
     assert token_ids(parts) == token_ids(whole)
 
 
+@pytest.mark.parametrize("chunk", [3, 16])
+@pytest.mark.parametrize(
+    "pipeline",
+    ["sink(1) | oracle-top-k(10%) @ prefill=sparse", "quest(8, page_size=4) @ prefill=sparse"],
+)
+def test_a_sparse_prefill_in_chunks_is_that_of_each_request_alone(make, pipeline, chunk):
+    # a fraction counts the keys that have come, and a page is judged by them
+    adapter, options = make(pipeline), (NEW, {"prefill_chunk_size": chunk})
+    alone = [adapter.process_request(request, *options) for request in REQUESTS]
+    assert token_ids(adapter.process_requests(REQUESTS, *options)) == token_ids(alone)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_the_size_of_the_batches_does_not_matter(make, batch_size):
     adapter = make(PIPELINES[3])
@@ -189,6 +201,23 @@ def test_beams_of_a_batch_are_those_of_each_request_alone(make, pipeline):
     together = adapter.process_requests(REQUESTS, options)
     assert token_ids(together) == token_ids(alone)
     assert together[0].details[1].texts == alone[0].details[1].texts
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_beams_that_a_stop_string_ends_are_cut_there(make, sequences):
+    # beams that end early are padded, with an EOS if the padding token is 0
+    adapter = make(PIPELINES[1], "gemma3")
+    options = {"max_new_tokens": 7, "stop_strings": ["a", "e"], "num_beams": 3}
+    options["num_return_sequences"] = sequences
+    alone = [adapter.process_request(request, options) for request in REQUESTS]
+    together = adapter.process_requests(REQUESTS, options)
+    assert token_ids(together) == token_ids(alone)
+    found = [one for r in together for d in r.details for one in (d, *d.others)]
+    assert {"stop"} < {one.finished for one in found}
+    for one in found:
+        assert (one.finished == "eos") == (one.token_ids[-1] == adapter.tokenizer.eos_token_id)
+        text = adapter.tokenizer.decode(one.token_ids[-1])
+        assert (one.finished == "stop") == any(string in text for string in "ae")
 
 
 def test_a_batch_samples_reproducibly_from_a_seed(make):

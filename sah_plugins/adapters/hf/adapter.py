@@ -183,7 +183,9 @@ class HuggingFaceAdapter(Writer):
             requests: Contexts and questions, of any lengths and numbers.
             generation_kwargs: As for `process_request`. Draws of a row depend on the other rows.
             request_kwargs: As for `process_request`, the same for all.
-            batch_size: Contexts that are read together; assisted generation takes one at a time.
+            batch_size: Contexts that are read together; assisted generation takes one at a time,
+                and so does a sparse prefill in chunks, whose choices may depend on where each
+                context is cut.
             observers: Objects with observer hooks. They see whole batches, rows that idle or have
                 ended included.
 
@@ -198,7 +200,9 @@ class HuggingFaceAdapter(Writer):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ParameterError("request", "batch_size", batch_size, "an integer >= 1")
         generation = self._prepared(requests, generation_kwargs, request_kwargs)
-        batch_size = 1 if generation.assisted else batch_size
+        chunked = request_options(request_kwargs)[1] is not None
+        if generation.assisted or (chunked and self.pipeline.prefills):
+            batch_size = 1
         responses: list[Response] = []
         for begin in range(0, len(requests), batch_size):
             prefilled = self.prefill_batch(
@@ -277,17 +281,18 @@ class HuggingFaceAdapter(Writer):
         session = None
         if pipeline is not None:
             parsed = Pipeline.parse(pipeline)
-            if "prefill" in parsed.phases and not parsed.is_dense:
+            if parsed.prefills:
                 check_fit(self.model, parsed)
                 session = Session(parsed, self.layer_types)
         watched = session and self._watched(session, observers)
+        empty = compat.snapshot_cache(kv_cache)
         begin = self._now()
         pieces = [[0] * row.padding + list(row.prompts[0].ids[: row.shared]) for row in rows]
         padding = tuple(row.padding for row in rows)
         self._extend(kv_cache, pieces, 0, watched, padding, chunk)
         seconds = self._now() - begin - (watched.observer_seconds if watched else 0.0)
         base = compat.snapshot_cache(kv_cache)
-        return Prefilled(rows, kv_cache, base, seconds, session)
+        return Prefilled(rows, kv_cache, base, seconds, session, empty, chunk)
 
     def answer(
         self,
@@ -441,8 +446,7 @@ class HuggingFaceAdapter(Writer):
         state, prompt = self._state(prefilled, parsed), prefilled.prompts[index]
         asked = [prompt.ids[prompt.context_tokens :]]
         seen = torch.ones(1, len(prompt.ids), dtype=torch.long, device=self.device)
-        extra = [prompt.ids[prefilled.shared : prompt.context_tokens]]
-        resumed = self._resumed(prefilled, state, extra, prefilled.shared)
+        resumed = self._resumed(prefilled, state, [prompt.ids[: prompt.context_tokens]])
         with resumed as session, use(self.model, session):
             session.start_question()
             output = self.model(
@@ -452,8 +456,7 @@ class HuggingFaceAdapter(Writer):
                 use_cache=True,
                 **{self._cache_argument: prefilled.cache},
             )
-            live = Session(parsed, self.layer_types)
-            live.layers, live.request_state = session.layers, session.request_state
+            live = self._on_states_of(session)
         token = output.logits[:, -1].argmax(-1, keepdim=True)
         return CapturedDecode(self.model, live, prefilled.cache, token, room=room)
 

@@ -32,13 +32,10 @@ def new_tokens(
     """
     rows, start = prompts.shape
     each = output.shape[0] // rows
-    stops = [-1] * output.shape[0]
-    if generation.beams == 1 and watch.stopped is not None:
-        stops = watch.stopped.tolist()
-    made = [
-        ended(tuple(tokens[start:]), stop - start if stop >= 0 else None, generation)
-        for tokens, stop in zip(output.tolist(), stops, strict=True)
-    ]
+    made = []
+    for row, tokens in enumerate(output.tolist()):
+        stop = watch.stop_of(row, tokens, start)
+        made.append(ended(tuple(tokens[start:]), stop and stop - start, generation))
     return [made[row * each : (row + 1) * each] for row in range(rows)]
 
 
@@ -57,10 +54,6 @@ def ended(
         return tokens[:length], "eos"
     if stop is not None:
         return tokens[:stop], "stop"
-    if generation.beams > 1:  # which of the beams a criterion ended is not told
-        filler = generation.options["pad_token_id"]
-        while tokens and tokens[-1] == filler:
-            tokens = tokens[:-1]
     return tokens, "length" if len(tokens) >= generation.new_tokens else "stop"
 
 

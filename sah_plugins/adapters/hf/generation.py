@@ -138,6 +138,9 @@ class Watch:
         first_token: Seconds until the first token was known.
         stopped: Per row the length at which a criterion stopped it, -1 for none; a tensor.
         length: Tokens that the criteria have been asked about, the prompt's at first.
+        beams: Whether rows are beams, which change places: see `endings`.
+        endings: Beams at which a criterion held, prompt included. ``generate`` pads them without
+            telling where, with an EOS if the padding token is 0.
     """
 
     elapsed: Callable[[], float]
@@ -146,6 +149,8 @@ class Watch:
     first_token: float | None = None
     stopped: Tensor | None = None
     length: int = 0
+    beams: bool = False
+    endings: set[tuple[int, ...]] = attrs.field(factory=set)
     _always: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Tensor:
@@ -167,8 +172,25 @@ class Watch:
             for stop in self.stops:
                 made = stop(input_ids[:, :end], scores, **others)
                 done = done | torch.as_tensor(made, device=done.device)
-            self.stopped = torch.where(done & (self.stopped < 0), end, self.stopped)
+            if self.beams:
+                self.endings.update(map(tuple, input_ids[done, :end].tolist()))
+            else:
+                self.stopped = torch.where(done & (self.stopped < 0), end, self.stopped)
         return done
+
+    def stop_of(self, row: int, tokens: Sequence[int], prompt_tokens: int) -> int | None:
+        """The length at which a criterion ended a sequence, None if none did.
+
+        Args:
+            row: Its row in what ``generate`` returned.
+            tokens: All of its tokens, the prompt's included.
+            prompt_tokens: The prompt's.
+        """
+        if self.beams:
+            lengths = range(prompt_tokens + 1, len(tokens) + 1)
+            return next((n for n in lengths if tuple(tokens[:n]) in self.endings), None)
+        stop = -1 if self.stopped is None else int(self.stopped[row])
+        return None if stop < 0 else stop
 
 
 def generation_options(

@@ -21,13 +21,11 @@ class ContextState:
     Attributes:
         session: Holds the states.
         ended: Snapshot after the end of the context was announced to them.
-        open: Snapshot before that, None unless the prefill was sparse.
         seconds: Time that taking note of the context took.
     """
 
     session: Session
     ended: Snapshot
-    open: Snapshot | None = None
     seconds: float = 0.0
 
 
@@ -59,6 +57,8 @@ class Prefilled:
         seconds: Time of the prefill.
         session: The session that ran it if the prefill was sparse, else None; only that pipeline
             can then answer.
+        empty: Snapshot of the cache before the contexts.
+        chunk: Tokens per pass of the prefill; all at once when None.
         states: States built on the contexts, per pipeline.
     """
 
@@ -67,6 +67,8 @@ class Prefilled:
     base: list[Any]
     seconds: float
     session: Session | None = None
+    empty: list[Any] = attrs.field(factory=list)
+    chunk: int | None = None
     states: dict[str, ContextState] = attrs.field(factory=dict)
 
     @property

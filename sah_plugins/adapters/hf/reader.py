@@ -54,9 +54,13 @@ class Reader:
         """A session with observers on the states of another one."""
         if not observers:
             return session
-        watched = Session(session.pipeline, self.layer_types, observers=observers)
-        watched.layers, watched.request_state = session.layers, session.request_state
-        return watched
+        return self._on_states_of(session, observers)
+
+    def _on_states_of(self, session: Session, observers: Sequence[object] = ()) -> Session:
+        """A session on the states of another one, with observers of its own."""
+        other = Session(session.pipeline, self.layer_types, observers=observers)
+        other.layers, other.request_state = session.layers, session.request_state
+        return other
 
     def _state(self, prefilled: Prefilled, pipeline: Pipeline) -> ContextState:
         """The pipeline's states over the context, built once per context."""
@@ -66,7 +70,7 @@ class Reader:
         check_fit(self.model, pipeline)
         session = prefilled.session
         if session is None:
-            if "prefill" in pipeline.phases and not pipeline.is_dense:
+            if pipeline.prefills:
                 raise RequestError(
                     f"pipeline '{key}' prefills sparsely and cannot answer from a dense prefill"
                 )
@@ -76,12 +80,11 @@ class Reader:
                 f"this context was prefilled by '{session.pipeline.text}'; '{key}' needs its own"
             )
         compat.restore_cache(prefilled.cache, prefilled.base)
-        before = session.snapshot() if session is prefilled.session else None
         begin = self._now()
         self._end_context(session, prefilled.cache, getattr(prefilled, "padding", ()))
         keeps = any(step.is_stateful() for step in pipeline.steps)
         seconds = self._now() - begin if keeps else 0.0
-        prefilled.states[key] = ContextState(session, session.snapshot(), before, seconds)
+        prefilled.states[key] = ContextState(session, session.snapshot(), seconds)
         return prefilled.states[key]
 
     def _end_context(self, session: Session, kv_cache: Any, padding: Sequence[int] = ()) -> None:
@@ -165,36 +168,36 @@ class Reader:
         self,
         prefilled: Prefilled,
         state: ContextState,
-        extra: Sequence[Sequence[int]],
-        past: int,
-        padding: Sequence[int] = (),
+        contexts: Sequence[Sequence[int]],
     ) -> Iterator[Session]:
         """Cache and states at the end of the contexts of some prompts.
 
         A prompt may share more with its context than the questions share with each other: the last
         tokens of the context may merge with the start of some questions only. The states then end
-        where they end for this question alone.
+        where they end for this question alone. What a sparse prefill selects may depend on where
+        its passes end, so that it then reads the whole context again.
 
         Args:
             prefilled: The contexts.
             state: The pipeline's state over them.
-            extra: Per row the tokens of the context that the cache does not hold yet.
-            past: Positions that the cache holds.
-            padding: Leading positions of every row that are no tokens of it.
+            contexts: The tokens of every row up to the end of the context, padding included.
         """
         compat.restore_cache(prefilled.cache, prefilled.base)
+        padding, past = prefilled.padding, prefilled.width
+        extra = [tokens[past:] for tokens in contexts]
         session = state.session
         kept = session.layers, session.request_state
         try:
             if not extra[0]:
                 session.restore(state.ended)
-            elif state.open is not None:
-                session.restore(state.open)
-                self._extend(prefilled.cache, extra, past, session, padding)
-                self._end_context(session, prefilled.cache, padding)
             else:
                 session.layers, session.request_state = {}, {}
-                self._extend(prefilled.cache, extra, past, None, padding)
+                if prefilled.session is None:
+                    self._extend(prefilled.cache, extra, past, None, padding)
+                else:
+                    compat.restore_cache(prefilled.cache, prefilled.empty)
+                    quiet = self._on_states_of(session)
+                    self._extend(prefilled.cache, contexts, 0, quiet, padding, prefilled.chunk)
                 self._end_context(session, prefilled.cache, padding)
             yield session
         finally:

@@ -104,21 +104,22 @@ class Writer(Reader):
         elapsed: Callable[[], float],
     ) -> Drawn:
         """Call ``generate`` once, from the end of the contexts."""
-        padding, width = prefilled.padding, prefilled.width
+        padding = prefilled.padding
         ids = torch.tensor(prompts, device=self.device)
         real = compat.padding_mask(padding, len(prompts), ids.shape[1], self.device)
-        context = width + together.extra
-        extra = [tokens[width:context] for tokens in prompts]
-        idle = () if generation.beams > 1 else together.idle
-        watch = Watch(elapsed, generation.stops, idle, length=ids.shape[1])
+        context = prefilled.width + together.extra
+        contexts = [tokens[:context] for tokens in prompts]
+        beams = generation.beams > 1
+        idle = () if beams else together.idle
+        watch = Watch(elapsed, generation.stops, idle, length=ids.shape[1], beams=beams)
         with (
-            self._resumed(prefilled, state, extra, width, padding) as session,
+            self._resumed(prefilled, state, contexts) as session,
             use(self.model, session),
             compat.left_padding(padding),
         ):
             session.start_question(ids.shape[1] - context if generation.assisted else None)
             kv_cache = prefilled.cache
-            if generation.beams > 1:
+            if beams:
                 kv_cache = compat.repeated_cache(kv_cache, generation.beams)
             with self._beside(session.pipeline, generation, kv_cache, ids.shape[1]):
                 output = self.model.generate(
@@ -173,8 +174,7 @@ class Writer(Reader):
         begin, observed = self._now(), state.session.observer_seconds
         losses: list[float] = []
         correct: list[bool] = []
-        extra = [prompt.ids[prefilled.shared : prompt.context_tokens]]
-        resumed = self._resumed(prefilled, state, extra, prefilled.shared)
+        resumed = self._resumed(prefilled, state, [prompt.ids[: prompt.context_tokens]])
         with resumed as session, use(self.model, session):
             session.start_question()
             past = prompt.context_tokens
