@@ -189,20 +189,16 @@ class Session:
         mask = self.mask_for(inputs, states)
         backend = self.choice.backend_for(inputs, mask, requested=self.requested)
         self.backends_used.add(backend.name)
-        return self._run(inputs, mask, backend, self._feedback)
+        return self._run(inputs, mask, backend, told=self.listens)
 
-    def _run(
-        self, inputs: Inputs, mask: Mask, backend: Backend, feedback: Sequence[int] = ()
-    ) -> Tensor:
+    def _run(self, inputs: Inputs, mask: Mask, backend: Backend, *, told: bool = False) -> Tensor:
         """Execute a mask under the eyes of observers, and tell the maskers that asked for it."""
         watched = self.hook is not None and inputs.phase in self.pipeline.phases
         if watched and self._watch_mask:
             self.observe("sah_mask_built", inputs=inputs, mask=mask)
         output, lse = backend.attend(inputs, mask)
-        for index in feedback:
-            kept = self.layers.get(inputs.layer)
-            state = None if kept is None else kept.states.get(index)
-            self.pipeline.steps[index].after_attention(state, inputs, mask, lse)
+        if told:
+            self.attended(inputs, mask, lse)
         if watched and self._watch_output:
             self.observe(
                 "sah_attention_computed",
@@ -213,6 +209,24 @@ class Session:
                 backend=backend.name,
             )
         return output
+
+    @property
+    def listens(self) -> bool:
+        """Whether a masker asks to be told of the attention that was computed."""
+        return bool(self._feedback)
+
+    def attended(self, inputs: Inputs, mask: Mask, lse: Tensor | None) -> None:
+        """Tell the maskers that ask for it what was attended.
+
+        Args:
+            inputs: The call.
+            mask: The mask of the whole pipeline.
+            lse: Its log-sum-exp ``(batch, heads, query_len)``; None unless a masker needs it.
+        """
+        kept = self.layers.get(inputs.layer)
+        for index in self._feedback:
+            state = None if kept is None else kept.states.get(index)
+            self.pipeline.steps[index].after_attention(state, inputs, mask, lse)
 
     def forget_pass(self) -> None:
         """Drop what was computed for the last forward pass."""

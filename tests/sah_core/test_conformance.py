@@ -21,6 +21,7 @@ import torch
 from sah_core import Capabilities, KeyRange, Mask, Masker, param, registry
 from sah_core.errors import MissingParameterError, UnsupportedError
 from sah_core.parameters import Size, specs
+from sah_core.selection import sample
 from sah_core.state import GrowingBuffer
 from sah_core.testing import CHECKS, MODEL, CheckResult, CheckSkipped, run_checks
 from sah_core.testing import conformance as module
@@ -118,6 +119,8 @@ class Wrong(Masker):
     def select(self, inputs):
         scores = inputs.key.norm(dim=-1).repeat_interleave(inputs.group, dim=1)
         scores = scores[:, :, None].expand(-1, -1, inputs.query_len, -1)
+        if inputs.allowed.keep is not None:
+            scores = scores.masked_fill(~inputs.allowed.keep, float("-inf"))
         indices, _ = inputs.ops.masked_topk(
             scores, 4, start=inputs.allowed.start, stop=inputs.allowed.stop
         )
@@ -571,6 +574,101 @@ class LongRange(Wrong):
 
 
 @attrs.frozen(kw_only=True)
+class RanksHiddenKeys(Wrong):
+    """Ranks keys that a foreign mask hides, which then take the places of others."""
+
+    def select(self, inputs):
+        return super().select(attrs.evolve(inputs, allowed=attrs.evolve(inputs.allowed, keep=None)))
+
+
+@attrs.frozen(kw_only=True)
+class AddsValues(Wrong):
+    """Takes values to be as long as keys."""
+
+    def select(self, inputs):
+        return super().select(attrs.evolve(inputs, key=inputs.key + 0 * inputs.value))
+
+
+@attrs.frozen(kw_only=True)
+class MergesHeads(Wrong):
+    """Takes queries to lie in memory as their shape says."""
+
+    def select(self, inputs):
+        inputs.query.view(inputs.batch * inputs.heads, -1)
+        return super().select(inputs)
+
+
+@attrs.frozen(kw_only=True)
+class FalseProbability(Wrong):
+    """Draws keys and says of each that it was nearly certain to be drawn."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(stochastic=True)
+    probability: float = param(0.9, help="What it says.")
+
+    def add_mask(self, inputs, previous):
+        left = inputs.allowed.stop - inputs.allowed.start
+        count = left.clamp(max=6).to(torch.int32).expand(inputs.batch, 1, inputs.query_len)
+        keys = sample(inputs, previous, count, 6)
+        chance = torch.full(keys.shape, self.probability, device=inputs.device)
+        return previous | Mask.from_indices(inputs.shape, keys, probability=chance)
+
+
+class Heat:
+    """Counts that are remembered, or not."""
+
+    def __init__(self, forgets):
+        self.forgets = forgets
+        self.counts = None
+
+    def snapshot(self):
+        return None if self.counts is None else self.counts.clone()
+
+    def restore(self, token):
+        if self.forgets:
+            self.counts = token if token is None else token.clone()
+
+
+@attrs.frozen(kw_only=True)
+class Heats(Wrong):
+    """Selects the keys that had most attention so far, of equal ones the first."""
+
+    forgets: ClassVar[bool] = True
+    capabilities: ClassVar[Capabilities] = Capabilities(needs=frozenset({"lse"}))
+
+    def init_state(self, layer):
+        return Heat(self.forgets)
+
+    def append(self, state, key, value, start):
+        if state.counts is None:
+            state.counts = key.new_zeros((*key.shape[:2], 400), dtype=torch.float32)
+
+    def after_attention(self, state, inputs, mask, lse):
+        key = inputs.key.float()[:, :, None]
+        rows = inputs.query.float().unflatten(1, (inputs.kv_heads, inputs.group))
+        logits = (rows @ key.mT * inputs.scaling).flatten(1, 2)
+        weights = (logits - lse.unsqueeze(-1)).exp() * (mask & inputs.allowed).to_dense()
+        heat = weights.unflatten(1, (inputs.kv_heads, inputs.group)).sum((2, 3))
+        state.counts[:, :, : inputs.capacity] += heat
+
+    def select(self, inputs):
+        heat = inputs.state.counts[:, :, None, : inputs.capacity]
+        heat = heat.repeat_interleave(inputs.group, dim=1).expand(-1, -1, inputs.query_len, -1)
+        allowed = inputs.allowed
+        new = KeyRange(allowed.stop, allowed.stop, 8, start_offset=-8)
+        indices, _ = inputs.ops.masked_topk(
+            heat.contiguous(), 4, start=allowed.start, stop=allowed.stop
+        )
+        return Mask.from_ranges(inputs.shape, [new]) | Mask.from_indices(inputs.shape, indices)
+
+
+@attrs.frozen(kw_only=True)
+class HeatsForever(Heats):
+    """What attention told it stays when the state goes back."""
+
+    forgets: ClassVar[bool] = False
+
+
+@attrs.frozen(kw_only=True)
 class OwnSeed(Wrong):
     """Samples by a seed of its own."""
 
@@ -615,6 +713,16 @@ MISTAKES = [
     (Unpicklable(), "pickling", "top of a module"),
     (Admits(), "no_readmission", "previous & inputs.allowed"),
     (CutsInTwo(), "allowed_only", "no foreign masks"),
+    (RanksHiddenKeys(), "allowed_only", "a foreign mask.*choose among inputs.allowed"),
+    (AddsValues(), "shape", "RuntimeError.*size of tensor"),
+    (MergesHeads(), "shape", "RuntimeError.*view"),
+    (
+        FalseProbability(),
+        "probabilities",
+        "often, weighted.* counts 0.*over all seeds",
+    ),
+    (FalseProbability(probability=0.05), "probabilities", "often, weighted.* counts [5-9]"),
+    (HeatsForever(), "snapshot_and_restore", "restore"),
     (LongRange(), "shape", "KeyRange a capacity"),
     (OwnSeed(), "determinism", "another seed.*inputs.random"),
     (Overflows(), "dtypes", "float16.*query.float()"),
@@ -661,6 +769,16 @@ def test_a_masker_that_no_parameter_bounds_skips_what_needs_a_bound(check):
 
 def test_without_the_mistake_they_pass():
     assert [r for r in run_checks(Right(), IN_THIS_PROCESS) if r.failed] == []
+
+
+def test_what_attention_tells_is_taken_back_with_the_state():
+    checks = [module.check_chunked_append, module.check_snapshot_and_restore]
+    assert [r.message for r in run_checks(Heats(), checks) if r.failed] == []
+
+
+def test_a_true_probability_passes():
+    [result] = run_checks(FalseProbability(probability=0.25), [module.check_probabilities])
+    assert result.passed
 
 
 def test_a_module_without_a_source_is_caught(monkeypatch):

@@ -43,6 +43,7 @@ from .requests import (
     check_chunked_append,
     check_determinism,
     check_layers_are_independent,
+    check_probabilities,
     check_same_masker_twice,
     check_snapshot_and_restore,
 )
@@ -87,6 +88,7 @@ CHECKS: tuple[Check, ...] = (
     check_left_padding,
     check_nothing_is_edited,
     check_determinism,
+    check_probabilities,
     check_layers_are_independent,
     check_chunked_append,
     check_snapshot_and_restore,

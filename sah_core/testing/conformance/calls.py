@@ -79,9 +79,10 @@ class Tokens:
     """Random queries, keys and values of whole sequences.
 
     Attributes:
-        query: ``(batch, heads, length, head_dim)``.
+        query: ``(batch, heads, length, head_dim)``; in memory the heads of a token lie together,
+            as a model's projection leaves them.
         key: ``(batch, kv_heads, length, head_dim)``.
-        value: Likewise.
+        value: ``(batch, kv_heads, length, value_dim)``.
         hidden: ``(batch, length, channels)``.
         first: First real key per sequence, or None.
     """
@@ -100,6 +101,7 @@ class Tokens:
         batch: int = 1,
         heads: int = MODEL.heads,
         kv_heads: int = MODEL.kv_heads,
+        value_dim: int = MODEL.head_dim,
         seed: int = 0,
         first: Sequence[int] | None = None,
     ) -> Tokens:
@@ -110,9 +112,9 @@ class Tokens:
             return torch.randn(shape, generator=generator)
 
         return cls(
-            query=draw(batch, heads, length, MODEL.head_dim) * 2,
+            query=draw(batch, length, heads, MODEL.head_dim).transpose(1, 2) * 2,
             key=draw(batch, kv_heads, length, MODEL.head_dim),
-            value=draw(batch, kv_heads, length, MODEL.head_dim),
+            value=draw(batch, kv_heads, length, value_dim),
             hidden=draw(batch, length, MODEL.hidden),
             first=None if first is None else torch.tensor(first, dtype=torch.int32),
         )
@@ -141,6 +143,13 @@ class Tokens:
             for a, b, d in zip(self.tensors(), other.tensors(), (2, 2, 2, 1), strict=True)
         )
         return attrs.evolve(self, query=query, key=key, value=value, hidden=hidden)
+
+    def with_keys(self, where: Tensor, factor: float) -> Tokens:
+        """The same with some numbers of the keys, and their values, times a factor."""
+        key = torch.where(where, self.key * factor, self.key)
+        return attrs.evolve(
+            self, key=key, value=torch.where(where, self.value * factor, self.value)
+        )
 
     def sequence(self, index: int, padding: int) -> Tokens:
         """One sequence of the batch without its padding."""
@@ -218,7 +227,9 @@ class Run:
         inputs = self.inputs(begin, end, phase, layer, allowed)
         states = self.session.advance(inputs)
         inputs = self.session.remember(inputs)
-        return self.session.mask_for(inputs, states), inputs
+        mask = self.session.mask_for(inputs, states)
+        self._attended(inputs, mask)
+        return mask, inputs
 
     def captured(self, end: int, room: int) -> tuple[Mask, Inputs]:
         """A decode step whose lengths are on the device, in a key buffer with more room."""
@@ -239,7 +250,15 @@ class Run:
             key_pre_rope=None if known.key_pre_rope is None else keys,
         )
         states = self.session.advance(inputs)
-        return self.session.mask_for(inputs, states), inputs
+        mask = self.session.mask_for(inputs, states)
+        self._attended(inputs, mask)
+        return mask, inputs
+
+    def _attended(self, inputs: Inputs, mask: Mask) -> None:
+        """Tell the maskers that ask for it of the attention that the mask gives."""
+        if self.session.listens:
+            needed = "lse" in self.masker.capabilities.needs
+            self.session.attended(inputs, mask, log_sum_exp(inputs, mask) if needed else None)
 
     def context(self, end: int, chunks: Sequence[int] = (), *, layer: int = 0) -> None:
         """Show the masker a context, at once or in chunks of keys."""
@@ -266,12 +285,17 @@ class Shape:
     batch: int = 1
     heads: int = MODEL.heads
     kv_heads: int = MODEL.kv_heads
+    value_dim: int = MODEL.head_dim
     first: tuple[int, ...] | None = None
 
     def tokens(self) -> Tokens:
         """Sequences for such a call."""
         tokens = Tokens.random(
-            self.length, batch=self.batch, heads=self.heads, kv_heads=self.kv_heads
+            self.length,
+            batch=self.batch,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            value_dim=self.value_dim,
         )
         if self.first is None:
             return tokens
@@ -295,6 +319,7 @@ SHAPES = (
     Shape(title="a prefill", length=61, rows=61),
     Shape(title="as many KV heads as query heads", length=203, rows=2, kv_heads=4),
     Shape(title="one KV head", length=203, rows=1, heads=6, kv_heads=1),
+    Shape(title="values of another size than keys", length=203, rows=2, value_dim=20),
     Shape(title="a left-padded batch", length=203, rows=3, batch=2, first=(0, 58)),
     Shape(title="a sequence that is nearly all padding", length=90, rows=1, batch=2, first=(88, 0)),
 )
@@ -329,6 +354,14 @@ def shapes(masker: Masker) -> tuple[Shape, ...]:
 def effective(mask: Mask, inputs: Inputs) -> Tensor:
     """The probability of every key that may be attended."""
     return mask.to_dense() * inputs.allowed.to_dense(inputs.capacity)
+
+
+def log_sum_exp(inputs: Inputs, mask: Mask) -> Tensor:
+    """The logarithm of the weights' sum of every row, ``(batch, heads, query_len)``."""
+    key = inputs.key.float().repeat_interleave(inputs.group, dim=1)
+    logits = inputs.query.float() @ key.mT * inputs.scaling
+    chance = effective(mask, inputs)
+    return (logits - chance.log()).masked_fill(chance == 0, float("-inf")).logsumexp(-1)
 
 
 def same(a: Tensor, b: Tensor) -> bool:

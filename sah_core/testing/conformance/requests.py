@@ -18,6 +18,12 @@ from .calls import (
 )
 from .verdict import require, skip
 
+MUCH = 0.15
+"""Share of runs from which on a key's own count says something."""
+
+RARE = 0.03
+"""Probability below which a key is too rarely selected to be counted."""
+
 
 def check_determinism(masker: Masker) -> None:
     """The same call gives the same mask, and nobody else's random numbers are used up."""
@@ -51,6 +57,38 @@ def check_determinism(masker: Masker) -> None:
             masker,
             "another seed of the pipeline gives the same sample",
             change,
+        )
+
+
+def check_probabilities(masker: Masker) -> None:
+    """A sampled key has the probability with which it is selected."""
+    if not masker.capabilities.stochastic:
+        skip(masker, "it does not declare stochastic")
+    tokens, runs = Tokens.random(24), 240
+    chances = []
+    for seed in range(runs):
+        run = Run(masker, tokens, seed=seed)
+        run.context(23)
+        chances.append(effective(*run.question(23, 24)))
+    chance = torch.stack(chances)
+    if bool(((chance == 0) | (chance == 1)).all()):
+        skip(masker, "every key that it selects counts with probability 1")
+    # of keys that count as 1 / p the expected count is 1
+    weight = torch.where(chance > 0, 1 / chance.clamp(min=1e-9), 0.0)
+    often = (chance > 0).float().mean(0) >= MUCH
+    counts = [(weight[:, often].mT, "a key that it selects often")] if often.any() else []
+    if float(chance[chance > 0].min()) >= RARE:  # else a few draws decide
+        counts.append((weight.flatten(1).mean(1)[None], "a key of all"))
+    for count, title in counts:
+        mean, error = count.mean(-1), count.std(-1) / runs**0.5
+        excess = (mean - 1).abs() - 5 * error
+        worst = int(excess.argmax())
+        require(
+            float(excess[worst]) <= 0.1,
+            masker,
+            f"over {runs} seeds {title}, weighted by probability, counts {float(mean[worst]):.2f} "
+            "times instead of once",
+            "give each sampled key the probability with which it is selected, over all seeds",
         )
 
 
@@ -99,6 +137,8 @@ def check_chunked_append(masker: Masker) -> None:
             )
     # after the context keys come as a question, then one by one
     question, single = Run(masker, tokens), Run(masker, tokens)
+    if question.session.listens:
+        return  # what attention tells a masker depends on the rows that it was computed for
     for run in (question, single):
         run.context(120)
     question.question(120, 130)
@@ -155,8 +195,8 @@ def check_same_masker_twice(masker: Masker) -> None:
                 "two requests at a time change what it selects",
                 change,
             )
-    if masker.capabilities.stochastic:
-        return  # a pipeline has at most one sampler
+    if masker.capabilities.stochastic or both[0].session.listens:
+        return  # a pipeline has at most one sampler, and tells each step of the mask of all
     firsts: list[Mask] = []
     once, twice = Run(masker, tokens[0]), Run(masker, tokens[0], then=[masker])
     # a second step behind the mask of the first one, which is not in its pipeline

@@ -114,6 +114,18 @@ def check_allowed_only(masker: Masker) -> None:
                 f"{int((dense > 0).sum())}",
                 "keep indices distinct and inside the keys",
             )
+            if masker.is_stateful() or masker.capabilities.page_granular:
+                continue  # an index or a page may hold keys of any kind
+            hidden = ~keep.any(2)[:, :1, :, None].expand_as(run.tokens.key)
+            run = Run(masker, run.tokens.with_keys(hidden, factor=30.0))
+            run.context(begin)
+            other = effective(*run.call(begin, end, "question", allowed=allowed))
+            require(
+                same(dense, other),
+                masker,
+                f"with {title} it selects other keys if those that no row may attend change",
+                change,
+            )
 
 
 def foreign(rows: int, keys: int) -> Allowed:
