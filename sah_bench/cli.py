@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,15 @@ from typing import IO, Any
 
 import click
 
-from .options import DEBUG, PLUGIN_FILES, debug_option, load_plugin_files, plugin_option
+from .options import (
+    DEBUG,
+    PLUGIN_FILES,
+    STRICT,
+    debug_option,
+    load_plugin_files,
+    plugin_option,
+    refuse_unusable_plugins,
+)
 
 COMMANDS = {
     "run": ("run", "Run models x pipelines x benchmarks and compare them."),
@@ -40,6 +49,8 @@ _PLUGIN_SETTINGS = ("SAH_DISABLE_PLUGINS", "SAH_LOAD_PLUGINS")
 _RESUMED = ("run",)
 """The subcommands that go on where they were interrupted."""
 
+_SEVERAL = re.compile(r"\(Did you mean one of: (.*)\?\)$")
+
 FAULT = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -52,6 +63,7 @@ class BadUsage(click.ClickException):
 
     def __init__(self, error: click.UsageError) -> None:
         message = " ".join(error.format_message().split()).rstrip(".")
+        message = _SEVERAL.sub(r"Did you mean one of \1?", message)
         command = error.ctx.command_path if error.ctx else "sah-bench"
         stop = "" if message.endswith("?") else "."
         super().__init__(f"{message}{stop} see '{command} --help'.")
@@ -169,34 +181,20 @@ def _warn_of_unknown_settings() -> None:
         click.echo(f"warning: {variable} names {item!r}, which fits no plugin.", err=True)
 
 
-def _refuse_unusable_plugins() -> None:
-    from sah_core import registry
-    from sah_core.errors import UnusablePluginsError
-
-    found = registry.problems()
-    if found:
-        raise UnusablePluginsError(tuple((p.kind, p.id, p.state, p.reason) for p in found))
-
-
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
 @click.version_option(package_name="sparse-attention-hub", message="sah-bench %(version)s")
 @plugin_option
-@click.option(
-    "--strict-plugins",
-    is_flag=True,
-    help="Import all plugins and stop if any is broken, in conflict or incompatible.",
-)
 @debug_option
 @click.pass_context
-def main(ctx: click.Context, strict_plugins: bool) -> None:
+def main(ctx: click.Context) -> None:
     """Compare sparse-attention methods on language models and benchmarks."""
     if os.environ.get("NO_COLOR"):
         ctx.color = False
     _show_each_warning_once(ctx)
     load_plugin_files(ctx.meta.get(PLUGIN_FILES, ()))
     _warn_of_unknown_settings()
-    if strict_plugins:
-        _refuse_unusable_plugins()
+    if ctx.meta.get(STRICT):
+        refuse_unusable_plugins()

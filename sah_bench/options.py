@@ -20,6 +20,9 @@ DEBUG = "sah_bench.debug"
 PLUGIN_FILES = "sah_bench.plugin_files"
 """Key in ``ctx.meta`` for the plugin files that stand before the subcommand, not loaded yet."""
 
+STRICT = "sah_bench.strict"
+"""Key in ``ctx.meta`` for ``--strict-plugins`` before the subcommand."""
+
 
 def _remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
@@ -57,9 +60,41 @@ def load_plugin_files(paths: tuple[str, ...]) -> None:
         registry.load_file(path)
 
 
+def _refuse_or_remember(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    if ctx.parent is None:
+        ctx.meta[STRICT] = True
+        return
+    refuse_unusable_plugins()
+
+
+def refuse_unusable_plugins() -> None:
+    """Import all plugins, those of files that were loaded included.
+
+    Raises:
+        UnusablePluginsError: If any is broken, in conflict or incompatible.
+    """
+    from sah_core import registry
+    from sah_core.errors import UnusablePluginsError
+
+    found = registry.problems()
+    if found:
+        raise UnusablePluginsError(tuple((p.kind, p.id, p.state, p.reason) for p in found))
+
+
 def plugin_option(function: F) -> F:
-    """Add ``--plugin FILE.py``, before or after the name of the subcommand."""
-    option = click.option(
+    """Add ``--plugin FILE.py`` and ``--strict-plugins``, before or after the name of the
+    subcommand.
+    """
+    strict = click.option(
+        "--strict-plugins",
+        is_flag=True,
+        expose_value=False,
+        callback=_refuse_or_remember,
+        help="Import all plugins and stop if any is broken, in conflict or incompatible.",
+    )
+    files = click.option(
         "--plugin",
         "plugin_files",
         multiple=True,
@@ -69,4 +104,4 @@ def plugin_option(function: F) -> F:
         callback=_load_or_remember,
         help="Load plugins from a file without a package; may be repeated.",
     )
-    return option(function)
+    return files(strict(function))

@@ -80,14 +80,23 @@ def show_plugin(name: str, kind: str | None, as_json: bool) -> None:
     wanted = registry.kinds() if kind is None else (_kind(kind),)
     found = [one for one in wanted if _knows(one, name)]
     if not found:
+        known = {known for one in wanted for known in one.names()}
         raise UnknownPluginError(
             "plugin" if kind is None else wanted[0].singular,
             name,
-            nearest_names(name, {known for one in wanted for known in one.names()}),
+            nearest_names(name.rpartition(":")[2], known),
         )
     from ..descriptions import describe, description_lines
 
-    facts = [describe(one, name) for one in found]
+    facts: list[dict[str, Any]] = []
+    barred: list[SahError] = []
+    for one in found:
+        try:
+            facts.append(describe(one, name))
+        except SahError as error:  # another kind may have one of this name that can be used
+            barred.append(error)
+    if not facts:
+        raise barred[0]
     if as_json:
         click.echo(json.dumps(facts if len(facts) > 1 else facts[0], indent=2))
         return

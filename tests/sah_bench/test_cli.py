@@ -121,7 +121,8 @@ def test_unknown_option_exits_with_2():
         ),
         (
             ["plugins", "--plugins"],
-            "error: No such option '--plugins'. Did you mean '--plugin'? see '",
+            "error: No such option '--plugins'. Did you mean one of '--plugin', "
+            "'--strict-plugins'? see '",
         ),
         (["plugins", "show"], "error: Missing argument 'NAME'. see '"),
     ],
@@ -255,11 +256,34 @@ def test_check_shows_what_is_broken_and_the_rest_goes_on(command, tmp_path):
         "error: not all plugins can be used: masker bad:worse is broken (ModuleNotFoundError"
     )
     assert stderr.count("\n") == 1
+    after = command("plugins", "list", "--strict-plugins")
+    assert after.communicate(timeout=60)[1] == stderr
+    assert after.returncode == 2
     used = command("run", "--pipeline", "worse", "--model", "m", "--benchmark", "quiz")
     _, stderr = used.communicate(timeout=60)
     assert used.returncode == 2
     assert stderr.startswith("error: --pipeline: masker 'worse' of distribution 'bad'")
     assert stderr.count("\n") == 1
+
+
+@pytest.mark.integration
+def test_a_plugin_that_can_be_used_is_shown_beside_one_of_its_name_that_cannot(command, tmp_path):
+    info = tmp_path / "site" / "bad-2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 2.0\n")
+    (info / "entry_points.txt").write_text("[sah.benchmarks]\nsink = bad_module_absent\n")
+    shown = command("plugins", "show", "sink")
+    assert shown.communicate(timeout=60)[0].startswith("sink (masker, sparse-attention-hub")
+    assert shown.returncode == 0
+    alone = command("plugins", "show", "sink", "--kind", "benchmarks")
+    assert "benchmark 'sink' of distribution 'bad'" in alone.communicate(timeout=60)[1]
+    assert alone.returncode == 2
+
+
+def test_a_distribution_that_lacks_a_plugin_gets_the_nearest_name():
+    result = invoke("plugins", "show", "nobody:quset")
+    assert result.exit_code == 2
+    assert "no plugin named 'nobody:quset'. did you mean 'quest'?" in result.stderr
 
 
 def test_list_says_that_nothing_was_imported():
