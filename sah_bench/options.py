@@ -83,6 +83,29 @@ def refuse_unusable_plugins() -> None:
         raise UnusablePluginsError(tuple((p.kind, p.id, p.state, p.reason) for p in found))
 
 
+def plugin_names(*plurals: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """What completes the names of plugins of some kinds, of all if none is named.
+
+    Names come from metadata: a tab imports no plugin.
+    """
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+        from sah_core import registry
+
+        kinds = [kind for kind in registry.kinds() if not plurals or kind.plural in plurals]
+        names = {name for kind in kinds for name in kind.names()}
+        return sorted(name for name in names if name.startswith(incomplete))
+
+    return complete
+
+
+def kind_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """What completes the kinds of plugins."""
+    from sah_core import registry
+
+    return [kind.plural for kind in registry.kinds() if kind.plural.startswith(incomplete)]
+
+
 def plugin_option(function: F) -> F:
     """Add ``--plugin FILE.py`` and ``--strict-plugins``, before or after the name of the
     subcommand.

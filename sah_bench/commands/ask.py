@@ -20,6 +20,7 @@ from ..options import (
     MODEL_HELP,
     PIPELINE_HELP,
     debug_option,
+    plugin_names,
     plugin_option,
 )
 
@@ -40,7 +41,7 @@ _FACTS = 16
 
 
 @click.command()
-@click.option("--model", required=True, help=MODEL_HELP)
+@click.option("--model", required=True, help=MODEL_HELP, shell_complete=plugin_names("models"))
 @click.option("--context", help="File with the text; - reads standard input.")
 @click.option("--text", help="The text itself.")
 @click.option("--question", "questions", multiple=True, help="What to ask; may be repeated.")
@@ -73,10 +74,17 @@ _FACTS = 16
     help="Option of transformers' generate, such as temperature=0.7; may be repeated.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of sampled answers.")
-@click.option("--backend", default="auto", help="For pipelines that name none.")
+@click.option(
+    "--backend",
+    default="auto",
+    help="For pipelines that name none.",
+    shell_complete=plugin_names("backends"),
+)
 @click.option("--dtype", help=DTYPE_HELP)
 @click.option("--device", help=DEVICE_HELP)
-@click.option("--adapter", default="hf", help="What runs the model.")
+@click.option(
+    "--adapter", default="hf", help="What runs the model.", shell_complete=plugin_names("adapters")
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--no-progress", is_flag=True, help="Show no progress.")
 @plugin_option

@@ -14,7 +14,7 @@ from sah_core import registry
 from sah_core.errors import DataError, RequestError, nearest_names, one_line
 
 from ..layout import folded
-from ..options import debug_option, plugin_option
+from ..options import debug_option, plugin_names, plugin_option
 
 if TYPE_CHECKING:
     from sah_core.benchmark import Benchmark
@@ -30,7 +30,9 @@ def data() -> None:
 
 
 @data.command("list")
-@click.argument("benchmarks", nargs=-1, metavar="[BENCHMARK...]")
+@click.argument(
+    "benchmarks", nargs=-1, metavar="[BENCHMARK...]", shell_complete=plugin_names("benchmarks")
+)
 @click.option("--task", "--tasks", "tasks", multiple=True, help="Only these, such as '*_e'.")
 @plugin_option
 @debug_option
@@ -53,7 +55,13 @@ def list_data(benchmarks: tuple[str, ...], tasks: tuple[str, ...]) -> None:
 
 
 @data.command("fetch")
-@click.argument("benchmarks", nargs=-1, required=True, metavar="BENCHMARK...")
+@click.argument(
+    "benchmarks",
+    nargs=-1,
+    required=True,
+    metavar="BENCHMARK...",
+    shell_complete=plugin_names("benchmarks"),
+)
 @click.option("--data-dir", required=True, help="Folder to copy to; --data-dir of a run takes it.")
 @click.option("--task", "--tasks", "tasks", multiple=True, help="Only these, such as '*_e'.")
 @plugin_option
@@ -78,7 +86,13 @@ def fetch(benchmarks: tuple[str, ...], data_dir: str, tasks: tuple[str, ...]) ->
 
 
 @data.command("verify")
-@click.argument("benchmarks", nargs=-1, required=True, metavar="BENCHMARK...")
+@click.argument(
+    "benchmarks",
+    nargs=-1,
+    required=True,
+    metavar="BENCHMARK...",
+    shell_complete=plugin_names("benchmarks"),
+)
 @click.option("--data-dir", help="Folder with the data; by default the hub.")
 @click.option("--task", "--tasks", "tasks", multiple=True, help="Only these, such as '*_e'.")
 @plugin_option

@@ -23,7 +23,7 @@ from sah_core.errors import (
 from sah_core.registry import Kind, PluginEntry
 
 from ..layout import noted
-from ..options import debug_option, plugin_option
+from ..options import debug_option, kind_names, plugin_names, plugin_option
 
 if TYPE_CHECKING:
     from sah_core.benchmark import Benchmark
@@ -42,7 +42,7 @@ def plugins() -> None:
 
 
 @plugins.command("list")
-@click.argument("kind", required=False)
+@click.argument("kind", required=False, shell_complete=kind_names)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--check", is_flag=True, help="Import every plugin and show which are broken.")
 @plugin_option
@@ -70,8 +70,10 @@ def list_plugins(kind: str | None, as_json: bool, check: bool) -> None:
 
 
 @plugins.command("show")
-@click.argument("name")
-@click.option("--kind", help="The kind, where a name is of several kinds.")
+@click.argument("name", shell_complete=plugin_names())
+@click.option(
+    "--kind", help="The kind, where a name is of several kinds.", shell_complete=kind_names
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with a JSON Schema.")
 @plugin_option
 @debug_option
@@ -108,7 +110,11 @@ def show_plugin(name: str, kind: str | None, as_json: bool) -> None:
 
 
 @plugins.command("check")
-@click.argument("what", metavar="NAME|FILE.py|STEP")
+@click.argument(
+    "what",
+    metavar="NAME|FILE.py|STEP",
+    shell_complete=plugin_names("maskers", "benchmarks"),
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @plugin_option
 @debug_option

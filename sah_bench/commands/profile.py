@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import PIPELINE_HELP, debug_option, plugin_option
+from ..options import PIPELINE_HELP, debug_option, plugin_names, plugin_option
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,11 @@ _INTEGERS, _NAMES = _Listed(int), _Listed(str)
 @click.command(cls=_Remembering)
 @click.option("--pipeline", "pipelines", multiple=True, help=f"{PIPELINE_HELP} May be repeated.")
 @click.option(
-    "--backend", type=_NAMES, multiple=True, help=f"Backends to compare; {_default('backend')}."
+    "--backend",
+    type=_NAMES,
+    multiple=True,
+    help=f"Backends to compare; {_default('backend')}.",
+    shell_complete=plugin_names("backends"),
 )
 @click.option("--batch", type=_INTEGERS, multiple=True, help=f"Sequences; {_default('batch')}.")
 @click.option("--heads", type=_INTEGERS, multiple=True, help="Query heads; 32 if not given.")
@@ -106,7 +110,11 @@ _INTEGERS, _NAMES = _Listed(int), _Listed(str)
     "--warmup", type=click.IntRange(min=0), default=2, help="Rounds before these that do not."
 )
 @click.option("--cold/--no-cold", default=True, help="On a GPU, also with a swept L2 cache.")
-@click.option("--model", help="Measure whole decode steps of this model.")
+@click.option(
+    "--model",
+    help="Measure whole decode steps of this model.",
+    shell_complete=plugin_names("models"),
+)
 @click.option("--model-shape", help="The same with random weights, such as llama-3.1-8b.")
 @click.option(
     "--layers", type=click.IntRange(min=1), help="Layers to keep of --model-shape; else all."

@@ -12,15 +12,24 @@ from ..options import (
     MODEL_HELP,
     PIPELINE_HELP,
     debug_option,
+    plugin_names,
     plugin_option,
 )
 
 
 @click.command()
 @click.argument("experiment", required=False, type=click.Path())
-@click.option("--model", "models", multiple=True, help=MODEL_HELP)
+@click.option(
+    "--model", "models", multiple=True, help=MODEL_HELP, shell_complete=plugin_names("models")
+)
 @click.option("--pipeline", "pipelines", multiple=True, help=PIPELINE_HELP)
-@click.option("--benchmark", "benchmarks", multiple=True, help="Such as 'niah(lengths=[1024])'.")
+@click.option(
+    "--benchmark",
+    "benchmarks",
+    multiple=True,
+    help="Such as 'niah(lengths=[1024])'.",
+    shell_complete=plugin_names("benchmarks"),
+)
 @click.option(
     "--task", "--tasks", "tasks", multiple=True, help="Only these, such as 'niah_*'; else all."
 )
@@ -37,13 +46,22 @@ from ..options import (
 @click.option("--seed", type=int, help="Seed of the examples; 0 if not given.")
 @click.option("--dtype", help=DTYPE_HELP)
 @click.option("--device", help=DEVICE_HELP)
-@click.option("--backend", help="For pipelines that name none; auto if not given.")
-@click.option("--adapter", help="What runs the models; hf if not given.")
+@click.option(
+    "--backend",
+    help="For pipelines that name none; auto if not given.",
+    shell_complete=plugin_names("backends"),
+)
+@click.option(
+    "--adapter",
+    help="What runs the models; hf if not given.",
+    shell_complete=plugin_names("adapters"),
+)
 @click.option(
     "--metric",
     "metrics",
     multiple=True,
     help="Such as 'output-error(every=8)'; density if not given.",
+    shell_complete=plugin_names("metrics"),
 )
 @click.option("--timed-samples", type=int, help="Samples per cell that are timed; 8 if not given.")
 @click.option("--output", type=click.Path(file_okay=True), help="Folder; results if not given.")

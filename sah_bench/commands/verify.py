@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ..options import debug_option, plugin_option
+from ..options import debug_option, plugin_names, plugin_option
 
 if TYPE_CHECKING:
     from sah_core.testing.golden import CaseResult
@@ -39,6 +39,7 @@ def verify() -> None:
     "backends",
     multiple=True,
     help="Only this backend, not all that can run here; may be repeated.",
+    shell_complete=plugin_names("backends"),
 )
 @click.option("--device", default="cpu", help="Where the cases run.")
 @json_option

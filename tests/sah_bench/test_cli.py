@@ -10,6 +10,7 @@ import time
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from sah_bench import cli
@@ -79,6 +80,43 @@ def test_lines_about_subcommands_are_whole_at_80_columns():
         if isinstance(command, click.Group):
             text = invoke(*words, "--help").output
             assert "..." not in text.partition("Commands:")[2], f"{' '.join(words)}:\n{text}"
+
+
+@pytest.mark.parametrize(
+    ("words", "incomplete", "expected"),
+    [
+        ([], "pr", ["profile"]),
+        (["run"], "--bench", ["--benchmark"]),
+        (["run", "--benchmark"], "longb", ["longbench", "longbench-v2"]),
+        (["run", "--model"], "smol", ["smollm2-135m"]),
+        (["ask", "--backend"], "ea", ["eager"]),
+        (["run", "--metric"], "out", ["output-error"]),
+        (["plugins", "show"], "oracle", ["oracle-top-k", "oracle-top-p"]),
+        (["plugins", "check"], "ga", []),
+        (["plugins", "list"], "m", ["maskers", "metrics", "models"]),
+        (["data", "fetch"], "zero", ["zeroscrolls"]),
+        (["verify", "maskers", "--backend"], "g", ["gather"]),
+    ],
+)
+def test_a_tab_completes_commands_options_and_names_of_plugins(words, incomplete, expected):
+    completion = ShellComplete(cli.main, {}, "sah-bench", "_SAH_BENCH_COMPLETE")
+    found = [item.value for item in completion.get_completions(words, incomplete)]
+    assert found == expected
+
+
+@pytest.mark.integration
+def test_a_tab_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from click.shell_completion import ShellComplete\n"
+        "from sah_bench.cli import main\n"
+        "completion = ShellComplete(main, {}, 'sah-bench', '_SAH_BENCH_COMPLETE')\n"
+        "for words in (['plugins', 'show'], ['run', '--model'], ['profile', '--backend']):\n"
+        "    assert completion.get_completions(words, '')\n"
+        f"print([m for m in {HEAVY} if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_nothing_is_coloured_where_no_color_is_set(monkeypatch):

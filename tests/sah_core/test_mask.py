@@ -111,6 +111,7 @@ PARTS = {
     "weighted": lambda g: indices_part(g, weighted=True, counted=True),
     "weighted of kv heads": lambda g: indices_part(g, heads=2, weighted=True),
     "pages": lambda g: indices_part(g, page=4, counted=True),
+    "pages of two": lambda g: indices_part(g, page=2),
     "pages with origin": lambda g: indices_part(g, page=5, heads=2),
     "weighted pages": lambda g: indices_part(g, page=5, weighted=True),
     "dense": dense_part,
@@ -301,6 +302,17 @@ def test_rows_are_a_slice(name, begin, end, step):
     expected = mask.to_dense()[:, :, begin:end:step]
     assert rows.shape == tuple(expected.shape)
     assert torch.equal(rows.to_dense(), expected)
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("sequences", [slice(0, 2), slice(1, 2)])
+@pytest.mark.parametrize("heads", [slice(0, 4), slice(2, 4)])
+def test_a_part_is_a_slice_of_sequences_and_heads(name, sequences, heads):
+    mask = part(name) | part("range", 4)
+    cut = mask.part(sequences, heads)
+    expected = mask.to_dense()[sequences, heads]
+    assert cut.shape == tuple(expected.shape)
+    assert torch.equal(cut.to_dense(), expected)
 
 
 @pytest.mark.parametrize("name", PARTS)
