@@ -274,10 +274,11 @@ def _attention_plan(*, sizes: dict[str, Any], options: dict[str, Any], **given: 
     from sah_core.attention import check_layers
 
     from ..profiling.attention import Plan
+    from ..profiling.forms import LAYERS
     from ..profiling.shapes import shapes
 
     for _, pipeline in given["pipelines"]:
-        check_layers(pipeline, 1)
+        check_layers(pipeline, LAYERS)
     return Plan(shapes=tuple(shapes(sizes)), cold=options["cold"], **given)
 
 

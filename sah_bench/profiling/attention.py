@@ -13,7 +13,7 @@ from sah_core import Pipeline
 from sah_core.errors import SahError, one_line
 
 from .forms import DenseForm, PipelineForm, Probe, dense_forms
-from .rows import COLD, GRAPH, WALL, Row, note
+from .rows import COLD, GRAPH, NOT_RUN, WALL, Row, note
 from .shapes import Call, Shape
 from .timing import (
     GRAPH_CALLS,
@@ -114,7 +114,14 @@ def candidates(
         # a backend that the pipeline names is the only one to ask
         named = plan.backends if pipeline.backend == "auto" else (pipeline.backend,)
         for backend in ("auto",) if pipeline.is_dense else named:
-            row = Row(shape=shape, name=text, pipeline=pipeline.text, requested=backend)
+            row = Row(
+                shape=shape,
+                name=text,
+                pipeline=pipeline.text,
+                requested=backend,
+                backend=backend,
+                saving=NOT_RUN,
+            )
 
             def build(
                 text: str = text, pipeline: Pipeline = pipeline, backend: str = backend

@@ -15,7 +15,7 @@ from sah_core.attention import Session, check_layers
 from .attention import release
 from .forms import Probe
 from .made_up import MadeUpContext, load, make_context, weights_read
-from .rows import CAPTURED, EAGER, DecodeRow, note
+from .rows import CAPTURED, EAGER, NOT_RUN, DecodeRow, note
 from .steps import Steps, now
 from .timing import Copy, Times
 from .traffic import Traffic
@@ -142,7 +142,14 @@ def planned_rows(plan: DecodePlan) -> list[tuple[DecodeRow, Pipeline]]:
         named = plan.backends if pipeline.backend == "auto" else (pipeline.backend,)
         for backend in () if pipeline.is_dense else named:
             chosen = attrs.evolve(pipeline, backend=backend)
-            row = DecodeRow(name=text, pipeline=chosen.text, batch=plan.batch, requested=backend)
+            row = DecodeRow(
+                name=text,
+                pipeline=chosen.text,
+                batch=plan.batch,
+                requested=backend,
+                backend=backend,
+                saving=NOT_RUN,
+            )
             found.append((row, chosen))
     return found
 

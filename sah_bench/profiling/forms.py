@@ -14,6 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sah_core import Allowed, Inputs, Mask, Pipeline, hookimpl, registry
 from sah_core.attention import Session, with_step
+from sah_core.errors import UnsupportedError
+from sah_core.inputs import Phase
 
 from .shapes import Call, Shape
 from .traffic import Traffic, traffic_of
@@ -22,6 +24,9 @@ Function = Callable[[], object]
 
 SCORE_BYTES = 2**30
 """Dense forms that hold every score, or copies of the cache, are left out where these take more."""
+
+LAYERS = 1024
+"""Layers of the model that a call is one of: more than any has, so that every artefact fits it."""
 
 KERNELS = {
     "auto": None,
@@ -93,13 +98,17 @@ class PipelineForm:
     """Selection and attention of a pipeline.
 
     The states see the context once; every call then appends the last keys, chooses and attends,
-    from the same point again and again.
+    from the same point again and again. The call plays the first layer that the pipeline runs
+    sparse.
 
     Args:
         text: The pipeline as it was asked for.
         pipeline: What it means.
         backend: Name of the backend to ask for.
         call: The tensors.
+
+    Raises:
+        UnsupportedError: If the pipeline runs no layer of such a call sparse.
     """
 
     def __init__(self, text: str, pipeline: Pipeline, backend: str, call: Call) -> None:
@@ -109,22 +118,36 @@ class PipelineForm:
         self.call = call
         self.query_len, self.keys = call.query.shape[2], call.key.shape[2]
         self.device = call.query.device
+        self.phase: Phase = "decode" if self.query_len == 1 else "question"
+        self.layer = self._sparse_layer()
         self.session = self._session()
-        self.session.end_prefill({0: self._context()})
+        self.session.end_prefill({self.layer: self._context()})
         self.before = self.session.snapshot()
         self.length = torch.full((1,), self.keys, dtype=torch.int32, device=self.device)
         self.first = torch.zeros(1, dtype=torch.int32, device=self.device)
 
-    def _session(self, *observers: object) -> Session:
-        session = Session(
-            self.pipeline, ("full_attention",), backend=self.backend, observers=observers
+    def _sparse_layer(self) -> int:
+        if self.pipeline.is_dense:
+            return 0
+        for layer in range(LAYERS):
+            if self.pipeline.is_sparse(layer, "full_attention", self.phase):
+                return layer
+        raise UnsupportedError(
+            what=f"profiling {self.name!r}",
+            reason=f"it runs no layer of full attention sparse in a {self.phase} call",
         )
-        session.phase = "decode" if self.query_len == 1 else "question"
+
+    def _session(self, *observers: object) -> Session:
+        layers = ("full_attention",) * LAYERS
+        session = Session(self.pipeline, layers, backend=self.backend, observers=observers)
+        session.phase = self.phase
         return session
 
     def _context(self) -> Inputs:
         context = self.keys - self.query_len
         return Inputs(
+            layer=self.layer,
+            layer_count=LAYERS,
             query=self.call.query[:, :, :0],
             key=self.call.key[:, :, :context],
             value=self.call.value[:, :, :context],
@@ -154,7 +177,7 @@ class PipelineForm:
 
     def _attend(self, session: Session, allowed: Allowed) -> Tensor:
         call = self.call
-        return session.attend(0, call.query, call.key, call.value, allowed, call.scaling)
+        return session.attend(self.layer, call.query, call.key, call.value, allowed, call.scaling)
 
     def probe(self) -> Probe:
         """Run once and look at the mask."""

@@ -18,6 +18,10 @@ GRAPH, COLD, WALL = "graph", "cold", "wall"
 EAGER, CAPTURED = "eager", "captured"
 
 
+NOT_RUN = "-"
+"""The saving of a pipeline that did not run."""
+
+
 @attrs.define(kw_only=True)
 class Outcome:
     """One form, measured or not.
@@ -28,7 +32,7 @@ class Outcome:
         requested: The backend that was asked for; ``torch`` for what runs without the hub.
         backend: The backends that ran.
         fallback: Why the one asked for did not run.
-        saving: ``baseline``, ``realised`` or ``simulated``.
+        saving: ``baseline``, ``realised`` or ``simulated``; `NOT_RUN` while there is no number.
         status: ``ok``, ``refused``, ``out of memory`` or ``failed``.
         reason: Why it is not ok.
         detail: The traceback of a failure.

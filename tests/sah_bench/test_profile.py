@@ -233,6 +233,38 @@ def test_a_refused_pipeline_is_no_fault(monkeypatch):
     result = invoke("--pipeline", ENDS, "--keys", "32", *SIZES)
     assert result.exit_code == 0
     assert f"refused: {ENDS} on gather: this is not supported: never" in result.stdout
+    [line] = [line for line in result.stdout.splitlines() if line.startswith(ENDS)]
+    assert re.search(r" gather +refused ", line)
+    assert not re.search(r"torch|baseline|realised|simulated", line)
+
+
+def test_a_call_plays_the_first_layer_that_the_pipeline_runs_sparse():
+    texts = [f"{ENDS} @ dense_layers=[0,1]", f"{ENDS} @ layers=[3]"]
+    result = invoke(
+        *(x for t in texts for x in ("--pipeline", t)), "--keys", "64", *SIZES, "--json"
+    )
+    assert result.exit_code == 0
+    rows = [row for text in texts for row in rows_of(json.loads(result.stdout), text)]
+    assert [row["density"] for row in rows] == pytest.approx([0.25, 0.25])
+    assert [row["backend"] for row in rows] == ["gather", "gather"]
+
+
+def test_a_pipeline_that_runs_no_call_sparse_is_refused():
+    text = f"{ENDS} @ question=dense"
+    result = invoke("--pipeline", text, "--keys", "64", "--query-len", "3", *SIZES)
+    assert result.exit_code == 0
+    assert f"refused: {text} on gather" in result.stdout
+    assert "it runs no layer of full attention sparse in a question call" in result.stdout
+
+
+def test_an_artefact_of_a_whole_model_is_taken(tmp_path):
+    names = (f"model.layers.{layer}.self_attn.qk_proj" for layer in range(40))
+    file = tmp_path / "channels.json"
+    file.write_text(json.dumps({name: [list(range(16))] * 4 for name in names}))
+    text = f"double-sparsity(8, sorted_channel_file={file})"
+    result = invoke("--pipeline", text, "--keys", "64", *SIZES, "--json")
+    [row] = rows_of(json.loads(result.stdout), text)
+    assert (row["status"], row["density"]) == ("ok", pytest.approx(8 / 64))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +284,7 @@ def test_a_refused_pipeline_is_no_fault(monkeypatch):
         (["--pipeline", ENDS, "--batch", "0"], "sah-bench profile: --batch: 0 is not positive"),
         (["--pipeline", ENDS, "--dtype", "int8"], "sah-bench profile: --dtype: 'int8' is not one"),
         (["--pipeline", ENDS, "--query-len", "9", "--keys", "9"], "sah-bench profile: --query-len"),
-        (["--pipeline", f"{ENDS} @ layers=[3]"], "Pipeline: layers = 3 is not allowed"),
+        (["--pipeline", f"{ENDS} @ layers=[3000]"], "Pipeline: layers = 3000 is not allowed"),
         (["--pipeline", ENDS, "--layers", "2"], "sah-bench profile: --layers: it goes with"),
         (["--pipeline", ENDS, "--model", "a", "--model-shape", "b"], "sah-bench profile: --model-"),
         (["--pipeline", ENDS, "--model-shape", "b"], "sah-bench profile: --model-shape: 'b' is"),
