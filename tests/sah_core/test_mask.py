@@ -2,6 +2,7 @@
 
 import itertools
 
+import attrs
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -231,6 +232,15 @@ def test_a_union_of_three_and_more_keeps_every_key_once():
     for row in keys.flatten(0, -2).tolist():
         valid = [key for key in row if key >= 0]
         assert len(valid) == len(set(valid))
+
+
+def test_pages_counted_from_different_keys_unite_by_key():
+    pages = part("pages with origin", 1)
+    other = attrs.evolve(
+        pages, selected=attrs.evolve(pages.selected, origin=torch.tensor([2, 0]).int())
+    )
+    expected = 1 - (1 - definition(pages)) * (1 - definition(other))
+    assert torch.equal((pages | other).to_dense(), expected)
 
 
 def test_a_disjoint_union_is_the_union():
