@@ -220,6 +220,11 @@ def test_going_on_elsewhere_is_recorded_and_noted(start):
     assert [one["torch"] for one in config["environments"]] == ["1", "1", "2"]
 
 
+def test_a_cell_without_samples_did_not_begin_anywhere(start):
+    start()
+    assert start(environment={**HERE, "torch": "2"}).notes == []
+
+
 def test_config_says_what_the_cell_is(start):
     config = json.loads((start().folder / "config.json").read_text())
     assert config["id"] == content_id(IDENTITY)
