@@ -63,7 +63,8 @@ def commands(command=cli.main, path=()):
             yield from commands(found, (*path, name))
 
 
-def test_every_option_has_a_help_text_and_says_what_it_is_if_not_given():
+def test_every_option_has_a_help_text_and_says_what_it_is_if_not_given(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     for words, command in commands():
         for option in command.params:
             if not isinstance(option, click.Option):
@@ -75,7 +76,8 @@ def test_every_option_has_a_help_text_and_says_what_it_is_if_not_given():
     assert re.search(r"--seed INTEGER RANGE +Seed of sampled answers. +\[default: 0; x>=0\]", text)
 
 
-def test_lines_about_subcommands_are_whole_at_80_columns():
+def test_lines_about_subcommands_are_whole_at_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     for words, command in commands():
         if isinstance(command, click.Group):
             text = invoke(*words, "--help").output
@@ -120,6 +122,7 @@ def test_a_tab_imports_nothing_heavy():
 
 
 def test_nothing_is_coloured_where_no_color_is_set(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
     shown = CliRunner().invoke(cli.main, ["plugins", "check", "sink"], color=True)
     assert "\x1b[32mpassed" in shown.output
     monkeypatch.setenv("NO_COLOR", "1")
