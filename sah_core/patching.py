@@ -101,8 +101,40 @@ def attach(
     parsed = Pipeline.parse(pipeline)
     check_fit(model, parsed)
     session = Session(parsed, compat.layer_types(model), backend=backend, observers=observers)
-    with use(model, session):
+    with use(model, session), _checked_caches(model, session):
         yield session
+
+
+@contextmanager
+def _checked_caches(model: Any, session: Session) -> Iterator[None]:
+    """Look at the caches that a caller runs a model with, each before its first pass: one that is
+    not known is refused, and so is beam search where a state would have to follow it.
+    """
+    if session.pipeline.is_dense:
+        yield
+        return
+    argument = compat.cache_argument(type(model).forward)
+    keeps = [s.name for s in session.pipeline.steps if s.is_stateful()]
+    keeps += [s.name for s in session.pipeline.steps if s.capabilities.shares_layers]
+    latest: list[Any] = []  # one at most: the caches of earlier texts are not to be kept alive
+
+    with ExitStack() as guard:
+
+        def before(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+            given = named.get(argument)
+            if given is None or (latest and latest[0] is given):
+                return
+            compat.check_cache(given)
+            latest[:] = [given]
+            guard.close()
+            if keeps:
+                guard.enter_context(compat.keeping_order(given, f"masker {keeps[0]!r}"))
+
+        hook = model.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 @contextmanager

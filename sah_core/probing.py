@@ -196,6 +196,7 @@ def check_fit(model: Any, pipeline: Pipeline) -> None:
         PipelineError: If the pipeline applies to no layer.
         ArtifactError: If an artefact is not there, or was made from other weights.
     """
+    compat.check_is_model(model)
     if not pipeline.is_dense:
         types = compat.layer_types(model)
         check_layers(pipeline, len(types))

@@ -46,13 +46,18 @@ def kind_of(layer: Any) -> str | None:
     """How a cache layer is snapshotted: by ``length``, by ``reference``, by ``copy``; None if
     unknown.
     """
+    return kind_of_class(type(layer))
+
+
+def kind_of_class(layer_class: type) -> str | None:
+    """The same by the class of the layer."""
     from transformers import cache_utils
 
     from sah_core.compat.preallocated import PreallocatedLayer
 
-    if isinstance(layer, PreallocatedLayer):
+    if issubclass(layer_class, PreallocatedLayer):
         return "length"
-    if type(layer) in (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer):
+    if layer_class in (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer):
         return "reference"
     in_place = (
         "LinearAttentionLayer",
@@ -60,7 +65,67 @@ def kind_of(layer: Any) -> str | None:
         "LinearAttentionAndSlidingWindowAttentionLayer",
         "DummyLayer",
     )
-    return "copy" if type(layer).__name__ in in_place else None
+    return "copy" if layer_class.__name__ in in_place else None
+
+
+def check_cache(kv_cache: Any) -> None:
+    """Refuse a cache of the caller's whose layers are not known here: what it does to the keys may
+    be anything.
+
+    Layers of fixed length are left to the mask function, which refuses them; those that quantise
+    give their keys back.
+
+    Raises:
+        UnsupportedError: With the class of the layer.
+    """
+    from transformers import cache_utils
+
+    quantised = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+    passable = (quantised, cache_utils.StaticLayer)
+    made_later = getattr(kv_cache, "layer_class_to_replicate", None)
+    found = [type(layer) for layer in getattr(kv_cache, "layers", ())]
+    for kind in dict.fromkeys([*found, *([made_later] if made_later else [])]):
+        if kind_of_class(kind) is None and not issubclass(kind, passable):
+            raise UnsupportedError(
+                what=f"cache layer {kind.__name__} of {type(kv_cache).__name__}",
+                reason="what it does to keys is not known; use transformers' DynamicCache",
+            )
+
+
+REORDERING = ("reorder_cache", "batch_select_indices")
+"""Methods of a cache that take its sequences in another order."""
+
+
+@contextmanager
+def keeping_order(kv_cache: Any, refused: str) -> Iterator[None]:
+    """Refuse that the sequences of a cache change places, which what is kept of them would not
+    follow.
+
+    Args:
+        kv_cache: The cache.
+        refused: Who could not follow.
+    """
+
+    def guarded(method: Any) -> Any:
+        def reorder(indices: Tensor) -> None:
+            held = next((t.shape[0] for t in _cache_tensors(kv_cache)), 0)
+            if torch.as_tensor(indices).tolist() != list(range(held)):
+                raise UnsupportedError(
+                    what=f"reordering the sequences of a cache (beam search) with {refused}",
+                    reason="its state belongs to one sequence and cannot follow; use num_beams=1",
+                )
+            method(indices)
+
+        return reorder
+
+    guards = [name for name in REORDERING if hasattr(kv_cache, name)]
+    for name in guards:
+        setattr(kv_cache, name, guarded(getattr(kv_cache, name)))
+    try:
+        yield
+    finally:
+        for name in guards:
+            vars(kv_cache).pop(name, None)
 
 
 def window_of(layer: Any) -> int | None:

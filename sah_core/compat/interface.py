@@ -127,6 +127,12 @@ def run_attention(
     allowed = as_allowed(mask, query.shape[2], key, causal=bool(causal))
     if scaling is None:
         scaling = getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+    known = None if session.length is not None else allowed.known_bounds
+    if known is not None and known[1][0][-1] > key.shape[2]:
+        raise UnsupportedError(
+            what=f"a KV cache that gives {key.shape[2]} keys where its mask is for more",
+            reason="which keys it has dropped is not known; use transformers' DynamicCache",
+        )
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
         raise UnsupportedError(

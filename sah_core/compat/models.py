@@ -92,6 +92,19 @@ def caches_latents(model: Any) -> bool:
     return getattr(text_config(model), "kv_lora_rank", None) is not None
 
 
+def check_is_model(model: Any) -> None:
+    """Refuse what is no language model of transformers.
+
+    Raises:
+        UnsupportedError: With its class.
+    """
+    if not all(hasattr(model, name) for name in ("config", "get_decoder", "generate")):
+        raise UnsupportedError(
+            what=f"an object of class {type(model).__name__} as a model",
+            reason="it is no causal language model of transformers",
+        )
+
+
 def check_supported(model: Any) -> None:
     """Refuse models whose attention does not go through the attention interface, or is not the
     attention of one text to itself.
@@ -99,6 +112,7 @@ def check_supported(model: Any) -> None:
     Raises:
         UnsupportedError: With the class of the model.
     """
+    check_is_model(model)
     config, reason = text_config(model), None
     if getattr(model.config, "is_encoder_decoder", False):
         reason = "it has an encoder; only decoders that read their own text are known"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from sah_core import Pipeline, attach, compat, hookimpl
 from sah_core.attention import Session
@@ -683,6 +683,82 @@ def test_a_cache_whose_free_slots_look_like_keys_is_refused(built, models, name)
     model, ids = built("llama"), models.tokens(1, CONTEXT)
     with attach(model, "local(4)"), pytest.raises(UnsupportedError, match="fixed length"):
         model.generate(ids, cache_implementation=name, max_new_tokens=4, pad_token_id=0)
+
+
+class Own(DynamicLayer):
+    """A layer of somebody's own."""
+
+
+class LastFive(Own):
+    """One that gives less back than its mask is for."""
+
+    def update(self, *arguments, **options):
+        keys, values = super().update(*arguments, **options)
+        return keys[:, :, -5:], values[:, :, -5:]
+
+
+def cache_of(layer):
+    kv_cache = DynamicCache()
+    kv_cache.layer_class_to_replicate, kv_cache.layers = layer, []
+    return kv_cache
+
+
+def test_a_cache_of_layers_that_are_not_known_is_refused(built, models):
+    model, ids = built("llama"), models.tokens(1, CONTEXT)
+    expected = forward(model, ids, cache_of(Own))
+    with attach(model, "dense"):
+        assert torch.equal(forward(model, ids, cache_of(Own)), expected)
+    with attach(model, "local(4)"):
+        with pytest.raises(UnsupportedError, match="cache layer Own of DynamicCache"):
+            forward(model, ids, cache_of(Own))
+        assert forward(model, ids, empty_cache(model)).shape == expected.shape
+
+
+def test_fewer_keys_than_the_mask_is_for_are_noticed(built, models):
+    # the decoder alone is no pass of the model, at which caches are looked at
+    decoder = built("llama").get_decoder()
+    argument = compat.cache_argument(type(decoder).forward)
+    with (
+        attach(built("llama"), "local(4)"),
+        pytest.raises(UnsupportedError, match="gives 5 keys where its mask is for more"),
+    ):
+        decoder(models.tokens(1, CONTEXT), use_cache=True, **{argument: cache_of(LastFive)})
+
+
+def test_beams_are_refused_where_a_state_would_have_to_follow_them(built, models):
+    model, ids = built("llama"), models.tokens(1, CONTEXT)
+    kv_cache = empty_cache(model)
+    with attach(model, "quest(8, page_size=4)"):
+        with pytest.raises(
+            UnsupportedError, match=r"\(beam search\) with masker 'quest'.*num_beams=1"
+        ):
+            generate(model, ids, num_beams=3)
+        generate(model, ids, **{compat.cache_argument(type(model).forward): kv_cache})
+    assert not {"reorder_cache", "batch_select_indices"} & set(vars(kv_cache))
+    with attach(model, "sink(1) | local(8)"):
+        assert generate(model, ids, num_beams=3).shape == (1, 8)
+
+
+def test_the_caches_of_earlier_texts_are_not_kept(built, models):
+    model = built("llama")
+    with attach(model, "quest(8, page_size=4)"):
+        first = empty_cache(model)
+        forward(model, models.tokens(1, CONTEXT), first)
+        watched = weakref.ref(first)
+        del first
+        forward(model, models.tokens(1, CONTEXT), empty_cache(model))
+        gc.collect()
+        assert watched() is None
+
+
+@pytest.mark.parametrize("pipeline", ["dense", "local(4)"])
+def test_what_is_no_language_model_is_refused(pipeline):
+    for model in (None, torch.nn.Linear(2, 2)):
+        with (
+            pytest.raises(UnsupportedError, match=f"class {type(model).__name__} as a model"),
+            attach(model, pipeline),
+        ):
+            pass
 
 
 @pytest.mark.parametrize("longer", [True, False])
