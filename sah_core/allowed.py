@@ -215,18 +215,19 @@ class Allowed:
 
     def rows(self, begin: int, end: int, step: int = 1) -> Allowed:
         """The limits of each ``step``-th query row from ``begin`` to ``end`` (exclusive)."""
-
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor if tensor.shape[2] == 1 else tensor[:, :, begin:end:step]
-
         return Allowed(
-            start=cut(self.start),
-            stop=cut(self.stop),
+            start=cut_rows(self.start, begin, end, step),
+            stop=cut_rows(self.stop, begin, end, step),
             first=self.first,
-            keep=None if self.keep is None else cut(self.keep),
+            keep=None if self.keep is None else cut_rows(self.keep, begin, end, step),
             known_first=self.known_first,
             window=self.window,
         )
+
+
+def cut_rows(tensor: Tensor, begin: int, end: int, step: int) -> Tensor:
+    """Some query rows of ``(batch, heads, query_len | 1, ...)``."""
+    return tensor if tensor.shape[2] == 1 else tensor[:, :, begin:end:step]
 
 
 def cut_part(tensor: Tensor, sequences: slice, heads: slice, of: int) -> Tensor:

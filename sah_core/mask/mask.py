@@ -8,14 +8,15 @@ import attrs
 import torch
 from torch import Tensor
 
-from sah_core.allowed import Allowed, cut_part
+from sah_core.allowed import Allowed, cut_part, cut_rows
 from sah_core.mask.parts import (
     KeyRange,
     Selected,
     Shape,
-    cut_rows,
     either,
     join_entries,
+    lower_at,
+    match_heads,
     ranges_length,
     spread_heads,
     unite_selected,
@@ -384,20 +385,3 @@ class Mask:
         rows = self.shape[:3]
         whole = int(total.expand(rows).sum())
         return int(chosen.expand(rows).sum()) / whole if whole else 0.0
-
-
-def lower_at(scores: Tensor, keys: Tensor) -> Tensor:
-    """``scores`` lowered to -inf in place at key indices; negative entries are no keys."""
-    batch, heads, query_len, _ = scores.shape
-    keys = spread_heads(keys, heads).expand(batch, heads, query_len, -1)
-    outside = (keys < 0) | (keys >= scores.shape[-1])
-    # an entry that is no key lowers key 0 to +inf, which is not at all
-    values = torch.where(outside, float("inf"), float("-inf")).to(scores.dtype)
-    places = torch.where(outside, 0, keys).long()
-    return scores.scatter_reduce_(-1, places, values, "amin")
-
-
-def match_heads(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring two tensors ``(batch, heads', ...)`` to the larger number of heads."""
-    heads = max(a.shape[1], b.shape[1])
-    return spread_heads(a, heads), spread_heads(b, heads)

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from sah_core.allowed import Allowed, cut_part
+from sah_core.allowed import Allowed, cut_part, cut_rows
 
 Shape = tuple[int, int, int, int]
 
@@ -216,9 +216,21 @@ def spread_heads(tensor: Tensor, heads: int) -> Tensor:
     return tensor if own == heads else tensor.repeat_interleave(heads // own, dim=1)
 
 
-def cut_rows(tensor: Tensor, begin: int, end: int, step: int) -> Tensor:
-    """Some query rows of ``(batch, heads, query_len | 1, ...)``."""
-    return tensor if tensor.shape[2] == 1 else tensor[:, :, begin:end:step]
+def lower_at(scores: Tensor, keys: Tensor) -> Tensor:
+    """``scores`` lowered to -inf in place at key indices; negative entries are no keys."""
+    batch, heads, query_len, _ = scores.shape
+    keys = spread_heads(keys, heads).expand(batch, heads, query_len, -1)
+    outside = (keys < 0) | (keys >= scores.shape[-1])
+    # an entry that is no key lowers key 0 to +inf, which is not at all
+    values = torch.where(outside, float("inf"), float("-inf")).to(scores.dtype)
+    places = torch.where(outside, 0, keys).long()
+    return scores.scatter_reduce_(-1, places, values, "amin")
+
+
+def match_heads(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring two tensors ``(batch, heads', ...)`` to the larger number of heads."""
+    heads = max(a.shape[1], b.shape[1])
+    return spread_heads(a, heads), spread_heads(b, heads)
 
 
 def join_entries(parts: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
