@@ -69,6 +69,11 @@ def table(
     return made
 
 
+def number(value: float | None, form: str) -> str:
+    """A number as the text of a cell, a dash if there is none."""
+    return "-" if value is None else format(value, form)
+
+
 def folded(line: str, hanging: int) -> str:
     """A line of prose, cut between words at the width of the terminal; whole where there is none,
     so that it can be searched.

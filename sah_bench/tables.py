@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .layout import table
+from .layout import number, table
 from .results import PERCENT, CellResult, summaries
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _figure(figure: Mapping[str, Any] | None, unit: str) -> str:
 
 
 def _score(value: float | None, unit: str) -> str:
-    return _number(value, ".1f" if unit == PERCENT else "g")
+    return number(value, ".1f" if unit == PERCENT else "g")
 
 
 def _columns(results: Sequence[CellResult]) -> dict[str, list[str]]:
@@ -104,13 +104,13 @@ def _columns(results: Sequence[CellResult]) -> dict[str, list[str]]:
         "benchmark": [f"{result.benchmark} {result.task}" for result in results],
         "pipeline": [result.pipeline for result in results],
         head: scores,
-        "density": [_number(result.density, ".4f") for result in results],
+        "density": [number(result.density, ".4f") for result in results],
         **{
-            name: [_number(result.observed.get(name), ".4f") for result in results]
+            name: [number(result.observed.get(name), ".4f") for result in results]
             for name in dict.fromkeys(name for result in results for name in result.observed)
         },
-        "prefill s": [_number(result.prefill_seconds, ".2f") for result in results],
-        "decode s": [_number(result.decode_seconds, ".2f") for result in results],
+        "prefill s": [number(result.prefill_seconds, ".2f") for result in results],
+        "decode s": [number(result.decode_seconds, ".2f") for result in results],
         "n": [str(result.samples) for result in results],
         "saving": [result.saving for result in results],
         "status": [result.status for result in results],
@@ -173,8 +173,3 @@ def _timed_note(results: Sequence[CellResult]) -> str:
     least, most = min(r.timed for r in parts), max(r.timed for r in parts)
     count = f"{least}" if least == most else f"{least} to {most}"
     return f" seconds are of the first {count} questions, answered without observers."
-
-
-def _number(value: float | None, form: str) -> str:
-    """A number as text, a dash if there is none."""
-    return "-" if value is None else format(value, form)

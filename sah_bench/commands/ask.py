@@ -14,6 +14,7 @@ import click
 
 from sah_core.errors import one_line
 
+from ..layout import number
 from ..options import (
     DEVICE_HELP,
     DTYPE_HELP,
@@ -303,10 +304,6 @@ def _answer_text(answer: Answer) -> Text:
     return Text("\n\n".join(text.strip("\n") or "(nothing)" for text in texts))
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
 def _difference(answer: Answer) -> str:
     found = answer.difference
     if found is None:
@@ -317,10 +314,10 @@ def _difference(answer: Answer) -> str:
 
 
 _ROWS: dict[str, Callable[[Answer], str]] = {
-    "density": lambda a: _number(a.density, ".4f"),
-    "output error": lambda a: _number(a.output_error, ".4f"),
-    "first token": lambda a: f"{_number(a.seconds_to_first_token, '.2f')} s",
-    "tokens per s": lambda a: _number(a.tokens_per_second, ".1f"),
+    "density": lambda a: number(a.density, ".4f"),
+    "output error": lambda a: number(a.output_error, ".4f"),
+    "first token": lambda a: f"{number(a.seconds_to_first_token, '.2f')} s",
+    "tokens per s": lambda a: number(a.tokens_per_second, ".1f"),
     "new tokens": lambda a: f"{a.new_tokens}, {a.finished}{'' if a.observed_alike else ' (*)'}",
     "saving": lambda a: a.saving,
     "differs": _difference,

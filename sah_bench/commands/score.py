@@ -49,18 +49,14 @@ def score(results: tuple[str, ...], metric: str | None, write: bool) -> None:
 
 
 def _table(found: list[Rescored], width: int) -> Any:
-    from ..layout import table
+    from ..layout import number, table
 
     columns = {
         "cell": [cell.label for cell in found],
         "score": [cell.score or "-" for cell in found],
-        "old %": [_number(cell.old) for cell in found],
-        "new %": [_number(cell.new) for cell in found],
+        "old %": [number(cell.old, ".2f") for cell in found],
+        "new %": [number(cell.new, ".2f") for cell in found],
         "changed": [str(cell.changed) for cell in found],
         "n": [str(cell.samples) for cell in found],
     }
     return table(columns, width=width, texts=["cell"], left=["score"])
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
