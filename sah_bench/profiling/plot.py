@@ -27,7 +27,7 @@ def plot(folder: Path, setting: Setting, rows: Sequence[Outcome]) -> str:
         return NO_MATPLOTLIB
     groups: dict[str, list[Outcome]] = {}
     for row in rows:
-        if row.status == "ok":
+        if row.status == "ok" and row.times:  # what could not be timed is no bar of 0
             groups.setdefault(str(getattr(row, "shape", "")), []).append(row)
     height = sum(1.2 + 0.3 * len(group) for group in groups.values()) + 0.8
     figure = Figure(figsize=(11, max(2.0, height)), layout="constrained")

@@ -13,7 +13,17 @@ import torch
 from click.testing import CliRunner
 
 from sah_bench import cli
-from sah_bench.profiling import attention, decode, forms, made_up, shapes, tables, timing, traffic
+from sah_bench.profiling import (
+    attention,
+    decode,
+    forms,
+    made_up,
+    plot,
+    shapes,
+    tables,
+    timing,
+    traffic,
+)
 from sah_bench.profiling.rows import Row
 from sah_core import Allowed, Inputs, Mask, Pipeline, registry
 from sah_core.errors import UnsupportedError
@@ -356,6 +366,22 @@ def test_whole_decode_steps_of_a_model(model_folder, tmp_path):
     assert gather["speedup"]["eager"] == pytest.approx(speedup)
     assert gather["no_graph"] == "CUDA graphs need a CUDA device"
     assert "eager tok/s" in result.stdout
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
+def test_the_plot_leaves_out_what_could_not_be_timed(model_folder, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(plot, "draw_group", lambda axis, title, rows: drawn.extend(rows))
+    result = invoke(
+        *("--model", str(model_folder), "--pipeline", ENDS, "--context", "16"),
+        *("--new-tokens", "1", "--rounds", "1", "--warmup", "0", "--output", str(tmp_path)),
+    )
+    assert result.exit_code == 0, result.output
+    assert "group as rows, fixed length" in result.stdout
+    names = [row.name for row in drawn]
+    assert names == ["dense: the model's own attention", "dense: group as rows", ENDS]
 
 
 def test_a_model_shape_has_random_weights(monkeypatch):
