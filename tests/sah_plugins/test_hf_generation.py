@@ -282,6 +282,62 @@ def test_a_value_out_of_range_is_found_without_a_model(name, value):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("stop_strings", 3),
+        ("stop_strings", ""),
+        ("stop_strings", [".", ""]),
+        ("stop_strings", [3]),
+        ("eos_token_id", "x"),
+        ("eos_token_id", [True]),
+        ("pad_token_id", -5),
+        ("seed", 2**64),
+        ("logits_processor", 3),
+        ("stopping_criteria", [3]),
+        ("prefix_allowed_tokens_fn", 3),
+        ("streamer", 3),
+        ("assistant_model", 3),
+        ("max_time", -1),
+        ("guidance_scale", "x"),
+        ("length_penalty", "x"),
+        ("bad_words_ids", []),
+        ("sequence_bias", 3),
+        ("suppress_tokens", "x"),
+        ("begin_suppress_tokens", "x"),
+        ("forced_eos_token_id", -3),
+        ("exponential_decay_length_penalty", 3),
+        ("repetition_penalty", 0),
+    ],
+)
+def test_a_value_of_another_form_is_found_without_a_model_though_nothing_is_sampled(name, value):
+    with pytest.raises(ParameterError, match=f"generation: {name} = ") as caught:
+        HuggingFaceAdapter.check_generation({name: value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [["temperature"], "temperature=0"])
+def test_options_that_are_no_mapping_are_refused(make, options):
+    with pytest.raises(RequestError, match="the generation options are .* expected a mapping"):
+        HuggingFaceAdapter.check_generation(options)
+    with pytest.raises(RequestError, match="the request options are .* expected a mapping"):
+        make().process_request(Request(context="a", questions="b"), None, options)
+
+
+@pytest.mark.parametrize("option", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_k": -1}], ids=str)
+def test_greedy_decoding_does_not_read_what_sampling_reads(make, option):
+    adapter = make()
+    expected = [detail.token_ids for detail in ask(adapter, GREEDY)]
+    found = [detail.token_ids for detail in ask(adapter, {**GREEDY, **option})]
+    assert found == expected
+
+
+def test_token_ids_may_be_numbers_of_another_library(make):
+    expected = [d.token_ids for d in ask(make(), {**GREEDY, "eos_token_id": [40, 50]})]
+    eos = torch.tensor([40, 50])
+    assert [d.token_ids for d in ask(make(), {**GREEDY, "eos_token_id": eos})] == expected
+
+
 def test_options_that_are_fine_pass_and_are_not_changed():
     options = {**SAMPLE, "seed": 3, "top_k": 0, "stop_strings": ["x"], "use_cache": True}
     before = dict(options)

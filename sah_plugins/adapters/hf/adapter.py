@@ -485,6 +485,11 @@ def request_options(request_kwargs: Mapping[str, Any] | None) -> tuple[dict[str,
         RequestError: For an option that is not known.
         ParameterError: For a value that is not allowed.
     """
+    if request_kwargs is not None and not isinstance(request_kwargs, Mapping):
+        raise RequestError(
+            f"the request options are {short_repr(request_kwargs)}; expected a mapping from names "
+            "to values"
+        )
     options = dict(request_kwargs or {})
     unknown = sorted(set(options) - set(REQUEST_OPTIONS))
     if unknown:

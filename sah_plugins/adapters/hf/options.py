@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,29 @@ WARPERS = {
     "top_k": "TopKLogitsWarper",
     "top_p": "TopPLogitsWarper",
     "min_p": "MinPLogitsWarper",
+    "top_h": "TopHLogitsWarper",
     "typical_p": "TypicalLogitsWarper",
     "epsilon_cutoff": "EpsilonLogitsWarper",
     "eta_cutoff": "EtaLogitsWarper",
-    "repetition_penalty": "RepetitionPenaltyLogitsProcessor",
-    "no_repeat_ngram_size": "NoRepeatNGramLogitsProcessor",
 }
-"""Classes of transformers that know which values of an option make sense."""
+"""Classes of transformers that know which values of an option make sense, where tokens are sampled;
+greedy decoding reads none of these, so that ``temperature=0`` means there what it says.
+"""
+PROCESSORS: dict[str, Callable[[Any, Any], object]] = {
+    "repetition_penalty": lambda made, value: made.RepetitionPenaltyLogitsProcessor(value),
+    "no_repeat_ngram_size": lambda made, value: value and made.NoRepeatNGramLogitsProcessor(value),
+    "bad_words_ids": lambda made, value: made.NoBadWordsLogitsProcessor(value),
+    "sequence_bias": lambda made, value: made.SequenceBiasLogitsProcessor(value),
+    "suppress_tokens": lambda made, value: made.SuppressTokensLogitsProcessor(value),
+    "begin_suppress_tokens": lambda made, value: made.SuppressTokensAtBeginLogitsProcessor(
+        value, 0
+    ),
+    "forced_eos_token_id": lambda made, value: made.ForcedEOSTokenLogitsProcessor(1, value),
+    "exponential_decay_length_penalty": lambda made, value: made.ExponentialDecayLengthPenalty(
+        value, [0], 1
+    ),
+}
+"""Likewise, however tokens are chosen."""
 
 
 def check_options(
@@ -117,6 +134,11 @@ def check_options(
     """
     from transformers.generation.utils import GenerationMixin
 
+    if generation_kwargs is not None and not isinstance(generation_kwargs, Mapping):
+        raise RequestError(
+            f"the generation options are {short_repr(generation_kwargs)}; expected a mapping from "
+            "names to values"
+        )
     options = merged(generation_kwargs or {})
     custom = options.get("custom_generate")
     known = known_options(generate or GenerationMixin.generate) | custom_options(custom)
@@ -261,6 +283,63 @@ def check_together(options: Mapping[str, Any]) -> None:
                 raise RequestError(f"{name} needs return_dict_in_generate=True")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_token(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and isinstance(operator.index(value), int)
+    except TypeError:
+        return False
+
+
+def _is_several(value: Any, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Collection) and all(holds(one) for one in value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+NUMBER = _is_number, "a number"
+FUNCTIONS = (
+    lambda value: not isinstance(value, str) and _is_several(value, callable),
+    "a list of functions",
+)
+FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "stop_strings": (
+        lambda value: (
+            _is_text(value) or not isinstance(value, str) and _is_several(value, _is_text)
+        ),
+        "a text or a list of texts, none of them empty",
+    ),
+    "eos_token_id": (
+        lambda value: _is_token(value) or _is_several(value, _is_token),
+        "a token id or a list of token ids",
+    ),
+    "pad_token_id": (lambda value: _is_token(value) and value >= 0, "a token id"),
+    "seed": (lambda value: value < 2**64, "an integer >= 0 and < 2**64"),
+    "logits_processor": FUNCTIONS,
+    "stopping_criteria": FUNCTIONS,
+    "prefix_allowed_tokens_fn": (callable, "a function"),
+    "streamer": (
+        lambda value: (
+            callable(getattr(value, "put", None)) and callable(getattr(value, "end", None))
+        ),
+        "an object with the methods put and end",
+    ),
+    "assistant_model": (
+        lambda value: isinstance(value, str) or hasattr(value, "generation_config"),
+        "a model or the name of one",
+    ),
+    "max_time": (lambda value: _is_number(value) and value >= 0, "a number of seconds >= 0"),
+    "guidance_scale": NUMBER,
+    "length_penalty": NUMBER,
+}
+"""Options that have no processor of transformers: what holds of their values, in code and words."""
+
+
 def check_values(options: Mapping[str, Any]) -> None:
     """Let transformers say which values are out of range.
 
@@ -269,14 +348,22 @@ def check_values(options: Mapping[str, Any]) -> None:
     """
     from transformers import GenerationConfig, generation
 
-    for name, warper in WARPERS.items():
+    for name, (holds, expected) in FORMS.items():
+        value = options.get(name)
+        if value is not None and not holds(value):
+            raise ParameterError("generation", name, value, expected)
+    for name in (*(WARPERS if options.get("do_sample") else ()), *PROCESSORS):
         value = options.get(name)
         if value is None or (name == "top_k" and value == 0):
             continue
         try:
-            getattr(generation, warper)(value)
-        except (ValueError, TypeError) as error:
-            raise ParameterError("generation", name, value, f"another value ({error})") from error
+            if name in WARPERS:
+                getattr(generation, WARPERS[name])(value)
+            else:
+                PROCESSORS[name](generation, value)
+        except (ValueError, TypeError, IndexError) as error:
+            reason = one_line(str(error))
+            raise ParameterError("generation", name, value, f"another value ({reason})") from error
     plain = {name: value for name, value in options.items() if name in config_settings()}
     try:
         GenerationConfig(**plain).validate()
