@@ -113,6 +113,19 @@ def test_every_error_can_be_imported_from_the_core() -> None:
     assert known == {name for name in sah_core.__all__ if name.endswith("Error")}
 
 
+def test_every_scoring_primitive_is_listed_with_who_makes_it_fast() -> None:
+    from sah_core.ops import Ops
+
+    page = (ROOT / "docs" / "ops.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| (yes|) *\|$", page, re.M)
+    assert len(rows) == len(dict(rows))
+    assert set(dict(rows)) == {name for name in dir(Ops) if not name.startswith("_")}
+    if not importlib.util.find_spec("triton"):
+        pytest.skip("which of them have a kernel is seen with triton only")
+    fast = vars(type(registry.backends["triton"]().ops))
+    assert {name for name, kernel in rows if kernel} == {n for n in fast if not n.startswith("_")}
+
+
 def test_every_error_has_a_section_with_an_example() -> None:
     from sah_core import errors
 

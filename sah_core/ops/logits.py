@@ -17,9 +17,12 @@ class LogitOps:
     ) -> Tensor:
         """Attention logits before the softmax.
 
+        Whatever else a query is multiplied with may stand in for the keys: the normals of
+        hyperplanes, or centroids, one sub-vector a head.
+
         Args:
             query: ``(batch, heads, query_len, head_dim)``.
-            key: ``(batch, kv_heads, key_len, head_dim)``.
+            key: ``(batch, kv_heads, key_len, head_dim)``; strides may be 0.
             scaling: Factor on ``q . k``.
             softcap: Gemma 2's cap c in ``c * tanh(logit / c)``, or None.
 

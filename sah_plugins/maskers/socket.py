@@ -137,19 +137,21 @@ class Socket(Masker):
         """
         state: Buckets = inputs.state
         codes = state.codes.first(inputs.capacity)
-        soft = inputs.ops.soft_collisions(self.gains(inputs.query, state.planes), codes)
+        soft = inputs.ops.soft_collisions(self.gains(inputs, state.planes), codes)
         shared = reduce_groups(soft, inputs.kv_heads, self.group_reduction)
         if not self.value_aware:
             return shared
         norms = state.norms.first(inputs.capacity)
         return shared * spread_heads(norms, shared.shape[1]).unsqueeze(2)
 
-    def gains(self, query: Tensor, planes: Tensor) -> Tensor:
+    def gains(self, inputs: Inputs, planes: Tensor) -> Tensor:
         """Log-odds of every bit of the query's code, float32 ``(batch, heads, query_len, tables,
         bits)``.
         """
-        side = torch.tanh(torch.matmul(query.float(), planes.flatten(0, 1).t()))
-        odds = side * (2 / (math.sqrt(query.shape[3]) * self.tau))
+        normals = planes.flatten(0, 1).expand(inputs.batch, inputs.kv_heads, -1, -1)
+        # a hyperplane scores as a key does, and a cap of 1 is the tanh
+        side = inputs.ops.logits(inputs.query, normals, 1.0, softcap=1.0)
+        odds = side * (2 / (math.sqrt(inputs.query.shape[3]) * self.tau))
         return odds.view(*odds.shape[:3], *planes.shape[:2]).transpose(3, 4)
 
     def bytes_read(self, inputs: Inputs) -> int:

@@ -98,3 +98,86 @@ def test_signatures_of_new_keys_are_written_where_they_belong():
         weight, bias = layers[0][0][head], layers[0][1][head]
         signs = key[:, head // 2] @ weight + bias > 0
         assert torch.equal(words[:, head, 3:6], REFERENCE.pack_signs(signs.float()))
+
+
+def choose(method, logits, capacity, counts, *, seed=0, rows=1):
+    """A weighted choice of rows that all have the same logits, which stand in the last rows of
+    their sequences.
+    """
+    key_len = logits.shape[-1]
+    wide = logits.expand(logits.shape[0], logits.shape[1], rows, key_len).contiguous()
+    position = torch.arange(key_len - 1, key_len - 1 + rows, dtype=torch.int32).view(1, rows)
+    first = torch.zeros(1, dtype=torch.int32)
+    count = torch.as_tensor(counts, dtype=torch.int32).expand(wide.shape[:3])
+    return method(Random(seed=seed), wide, position, first, capacity, count=count, draw=3)
+
+
+WEIGHTED = [REFERENCE.weighted_topk, REFERENCE.weighted_draws]
+
+
+@pytest.mark.parametrize("method", WEIGHTED, ids=lambda m: m.__name__)
+def test_weighted_samples_hold_candidates_once_and_as_many_as_wanted(method):
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(2, 3, 4, 25)
+    logits[0, :, :, ::2] = float("-inf")
+    logits[1, 2] = float("-inf")
+    counts = torch.tensor([3, 7, 0, 12]).expand(2, 3, 4)
+    position = torch.tensor([[24, 25, 26, 27]], dtype=torch.int32)
+    first = torch.tensor([0, 4], dtype=torch.int32)
+    indices, chance = method(
+        Random(seed=1), logits, position, first, 12, count=counts.to(torch.int32)
+    )
+    assert (indices.dtype, chance.dtype) == (torch.int32, torch.float32)
+    assert indices.shape == chance.shape
+    for b, h, q in torch.cartesian_prod(*(torch.arange(n) for n in (2, 3, 4))).tolist():
+        row = [k for k in indices[b, h, q].tolist() if k >= 0]
+        open_ = [k for k in range(25) if float(logits[b, h, q, k]) > -float("inf")]
+        wanted = int(counts[b, h, q])
+        assert len(row) == len(set(row))
+        assert set(row) <= set(open_)
+        if len(open_) <= wanted:
+            assert len(row) == len(open_)
+            assert (chance[b, h, q] == 1).all()
+        else:
+            exact = method.__name__ == "weighted_topk"
+            assert len(row) == wanted if exact else len(row) <= wanted
+
+
+@pytest.mark.parametrize("method", WEIGHTED, ids=lambda m: m.__name__)
+def test_the_sums_of_weighted_samples_are_right_on_average(method):
+    torch.manual_seed(0)
+    logits, draws = 1.5 * torch.randn(1, 1, 1, 12), 20_000
+    indices, chance = choose(method, logits, 4, 4, rows=draws)
+    shares = torch.zeros(draws, 13, dtype=torch.float64)
+    places = torch.where(indices < 0, 12, indices).long()[0, 0]
+    shares.scatter_(1, places, 1 / chance[0, 0].double())
+    mean, error = shares[:, :12].mean(0), shares[:, :12].std(0) / draws**0.5
+    assert ((mean - 1).abs() < 4.5 * error).all()
+
+
+def test_draws_with_replacement_hit_a_key_as_often_as_its_probability_says():
+    logits, draws = torch.tensor([0.0, 1.0, 2.0, -1.0, 3.0]).view(1, 1, 1, 5), 20_000
+    indices, chance = choose(REFERENCE.weighted_draws, logits, 3, 3, rows=draws)
+    share = torch.softmax(logits[0, 0, 0].double(), 0)
+    right = 1 - (1 - share) ** 3
+    for key in range(5):
+        hit = indices[0, 0] == key
+        assert torch.allclose(chance[0, 0][hit].double(), right[key], atol=1e-6)
+        error = float((right[key] * (1 - right[key]) / draws) ** 0.5)
+        assert abs(float(hit.any(-1).double().mean()) - float(right[key])) < 4 * error
+
+
+def test_the_sample_without_replacement_is_the_best_of_logits_with_gumbel_noise():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 2, 1, 30)
+    indices, chance = choose(REFERENCE.weighted_topk, logits, 6, 6, seed=5)
+    keys = torch.arange(30).view(1, 1, 1, -1)
+    height = Random(seed=5).uniform64(2, torch.tensor([[29]]), keys, draw=3)
+    scores = logits.double() - (-height.log()).log()
+    for head in range(2):
+        order = scores[0, head, 0].sort(descending=True)
+        kept = indices[0, head, 0] >= 0
+        assert set(indices[0, head, 0][kept].tolist()) == set(order.indices[:6].tolist())
+        at = indices[0, head, 0][kept].long()
+        right = 1 - (-(logits[0, head, 0, at].double() - order.values[6]).exp()).exp()
+        torch.testing.assert_close(chance[0, head, 0][kept].double(), right, atol=1e-5, rtol=1e-5)

@@ -165,13 +165,13 @@ class PQCache(Masker):
     def logits(self, inputs: Inputs) -> Tensor:
         """Estimated logits, float32 ``(batch, heads, query_len, capacity)``."""
         state: Codes = inputs.state
-        batch, heads, query_len, head_dim = inputs.query.shape
         parts, kv_heads = self.pq_group_factor, inputs.kv_heads
-        width = head_dim // parts
-        rows = inputs.query.float().reshape(batch, kv_heads, -1, parts, width)
-        centroids = state.book.entries[..., :width]
-        tables = rows.transpose(2, 3) @ centroids.transpose(3, 4)
-        tables = tables.transpose(2, 3).reshape(batch, heads, query_len, parts, -1)
+        # a sub-vector is a head of its own, and its centroids are the keys
+        rows = inputs.query.unflatten(3, (parts, -1)).unflatten(1, (kv_heads, -1))
+        rows = rows.permute(0, 1, 4, 2, 3, 5)
+        centroids = state.book.entries[..., : rows.shape[5]].flatten(1, 2)
+        tables = inputs.ops.logits(rows.flatten(1, 3), centroids, 1.0)
+        tables = tables.view(*rows.shape[:5], -1).permute(0, 1, 3, 4, 2, 5).flatten(1, 2)
         scores = inputs.ops.table_scores(tables, state.codes.first(inputs.capacity))
         scores.mul_(inputs.scaling)
         if inputs.softcap is not None:

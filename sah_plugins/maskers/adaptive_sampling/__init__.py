@@ -35,6 +35,7 @@ from sah_core.selection import (
     sample,
     selected_entries,
 )
+from sah_plugins.maskers.adaptive_sampling.bounds import Estimate, student_quantile
 
 BYTES_PER_KEY = 48
 """Of one query row and head: random words of 64 bits, or float64 weights and their sums."""
@@ -142,10 +143,9 @@ class AdaptiveSampling(Masker):
                 count_overflow(inputs, wanted > count)
             elif inputs.key_len is not None:
                 capacity = int(wanted.max()) if wanted.numel() else 0
-            draw = {"uniform": uniform, "multinomial": self.multinomial, "gumbel": self.gumbel}
-            indices, chance = draw[self.mode](inner, taken, count.to(torch.int32), left, capacity)
+            indices, chance = self.draw(inner, taken, count.to(torch.int32), left, capacity)
             found.append(indices)
-            chances.append(chance.to(torch.float32))
+            chances.append(chance)
         indices, probability = join_rows(found), join_rows(chances, fill=1.0)
         if not indices.shape[-1]:
             return previous
@@ -213,7 +213,7 @@ class AdaptiveSampling(Masker):
         """A host bound on the base sample."""
         return min(max(MIN_BASE, self.base_rate_sampling.resolve(inputs.capacity)), inputs.capacity)
 
-    def need(self, estimate: "Estimate") -> Tensor:
+    def need(self, estimate: Estimate) -> Tensor:
         """The budget of the bound, float64, not yet within its limits."""
         if self.bound != "attention":
             spread, size = getattr(estimate, self.bound)()
@@ -226,7 +226,7 @@ class AdaptiveSampling(Masker):
         )
 
     def draws(
-        self, spread: Tensor, size: Tensor, epsilon: float, delta: float, estimate: "Estimate"
+        self, spread: Tensor, size: Tensor, epsilon: float, delta: float, estimate: Estimate
     ) -> Tensor:
         """``(z n spread / (epsilon size))^2``, with ``n spread`` given as one."""
         z = NormalDist().inv_cdf(1 - delta / 2 if self.two_sided else 1 - delta)
@@ -236,7 +236,7 @@ class AdaptiveSampling(Masker):
             return z * z * ratio
         return student_quantile(z, estimate.count - 1).square() * estimate.inflation() * ratio
 
-    def threshold_draws(self, estimate: "Estimate") -> Tensor:
+    def threshold_draws(self, estimate: Estimate) -> Tensor:
         """What the random threshold of the mode gumbel costs, however even the weights are.
 
         The variance of a sum estimated from b keys by priority is at most its square over b - 1
@@ -246,7 +246,29 @@ class AdaptiveSampling(Masker):
         _, size = estimate.denominator()
         return 1 + self.draws(residual, size, self.epsilon, self.delta, estimate)
 
-    # Importance sampling
+    # The final sample
+
+    def draw(
+        self, inputs: Inputs, previous: Mask, count: Tensor, left: Tensor, capacity: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys ``(batch, heads, query_len, entries)`` as the mode draws them, -1 at entries that
+        are none, and their inclusion probabilities, float32.
+        """
+        if self.mode == "uniform":
+            indices = sample(inputs, previous, count, capacity, draw=FINAL)
+            chance = (count / left.clamp(min=1)).unsqueeze(-1)
+            return indices, chance.expand(indices.shape).contiguous()
+        ops = inputs.ops
+        by_weight = ops.weighted_topk if self.mode == "gumbel" else ops.weighted_draws
+        return by_weight(
+            inputs.random,
+            self.weights(inputs, previous),
+            inputs.query_position,
+            inputs.allowed.first,
+            capacity,
+            count=count,
+            draw=FINAL,
+        )
 
     def weights(self, inputs: Inputs, previous: Mask) -> Tensor:
         """``logit / temperature`` of the residual, -inf elsewhere; every key is read."""
@@ -257,58 +279,6 @@ class AdaptiveSampling(Masker):
         outside = ~inputs.allowed.contains(keys) | previous.covers(keys)
         return logits.masked_fill(outside, float("-inf"))
 
-    def multinomial(
-        self, inputs: Inputs, previous: Mask, count: Tensor, left: Tensor, capacity: int
-    ) -> tuple[Tensor, Tensor]:
-        """Draw with replacement by weight; a key is in with probability ``1 - (1 - w)^count``.
-
-        A budget of the whole residual takes the whole residual instead.
-        """
-        logits = self.weights(inputs, previous)
-        share = torch.softmax(logits.double(), -1).nan_to_num(0.0)
-        reached = share.cumsum(-1)
-        slot = torch.arange(capacity, device=inputs.device).view(1, 1, 1, -1)
-        rows = inputs.query_position - inputs.allowed.first.view(-1, 1)
-        height = inputs.random.uniform64(inputs.heads, rows, slot, draw=FINAL)
-        height = (height * reached[..., -1:]).contiguous()
-        keys = torch.searchsorted(reached, height, right=True).clamp(max=inputs.capacity - 1)
-        drawn = (slot < count.unsqueeze(-1)) & (share.gather(-1, keys) > 0)
-        keys = torch.where(drawn, keys, inputs.capacity).sort(-1).values
-        again = torch.zeros_like(drawn)
-        again[..., 1:] = keys[..., 1:] == keys[..., :-1]
-        keys = torch.where(again | (keys == inputs.capacity), -1, keys)
-        chance = share.gather(-1, keys.clamp(min=0))
-        chance = -torch.expm1(count.unsqueeze(-1) * torch.log1p(-chance))
-        whole = (count >= left).unsqueeze(-1)
-        everything, _ = inputs.ops.masked_topk(logits, capacity, count=count)
-        indices = torch.where(whole, everything, keys.to(torch.int32))
-        return indices, torch.where(whole, 1.0, chance)
-
-    def gumbel(
-        self, inputs: Inputs, previous: Mask, count: Tensor, left: Tensor, capacity: int
-    ) -> tuple[Tensor, Tensor]:
-        """Draw without replacement by weight: the greatest of logits plus Gumbel noise.
-
-        Given the greatest that is left out, k, a key is in with probability ``1 - exp(-e^(l -
-        k))``, which makes the estimate unbiased (Wouter Kool and others: Stochastic Beams and Where
-        to Find Them, arXiv 1903.06059, section 4).
-        """
-        logits = self.weights(inputs, previous)
-        first = inputs.allowed.first.view(-1, 1)
-        keys = torch.arange(inputs.capacity, device=inputs.device) - first
-        height = inputs.random.uniform64(
-            inputs.heads, inputs.query_position - first, keys[:, None, None, :], draw=FINAL
-        )
-        scores = (logits.double() - (-height.log()).log()).to(torch.float32)
-        indices, _ = inputs.ops.masked_topk(scores, capacity + 1, count=count + 1)
-        places = indices.clamp(min=0).long().clamp(max=inputs.capacity - 1)
-        found = scores.gather(-1, places).masked_fill(indices < 0, float("inf"))
-        bar = found.amin(-1, keepdim=True)
-        bar = torch.where((left > count).unsqueeze(-1), bar, float("-inf"))
-        indices = torch.where(found == bar, -1, indices)
-        chance = -torch.expm1(-(logits.gather(-1, places).double() - bar.double()).exp())
-        return indices, torch.where(indices >= 0, chance, 1.0)
-
     def bytes_read(self, inputs: Inputs) -> int:
         """The keys of the base sample, or every key for the importance modes."""
         whole = inputs.key.numel() * inputs.key.element_size()
@@ -316,89 +286,6 @@ class AdaptiveSampling(Masker):
             return whole
         rows = inputs.batch * inputs.heads * inputs.query_len * self.base_capacity(inputs)
         return min(whole, rows * inputs.key.shape[3] * inputs.key.element_size())
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class Estimate:
-    """What a base sample says of one call.
-
-    Attributes:
-        inputs: The call.
-        base: Keys of the base sample, int32 ``(batch, heads, query_len, entries)``.
-        seen: Their logits, -inf at entries that are none.
-        count: Keys in the base sample per row, float64 ``(batch, heads, query_len)``.
-        fixed: Keys that earlier steps selected, likewise.
-        sure: Their logits.
-        chance: Their probabilities, None if all are 1.
-        left: Keys in the residual per row, float64.
-        top: The greatest logit, float32 ``(batch, heads, query_len, 1)``.
-        moments: Sums over the weights ``e^(l - top)``; see `Ops.weight_moments`.
-    """
-
-    inputs: Inputs
-    base: Tensor
-    seen: Tensor
-    count: Tensor
-    fixed: Tensor
-    sure: Tensor
-    chance: Tensor | None
-    left: Tensor
-    top: Tensor
-    moments: Tensor
-
-    def mean(self) -> Tensor:
-        """Of ``e^(l - top)`` over the base sample, float64."""
-        return self.moments[1] / self.count.clamp(min=1)
-
-    def denominator(self) -> tuple[Tensor, Tensor]:
-        """``n`` times the standard deviation of ``e^l`` in the residual, and the denominator."""
-        spread = (self.moments[2] / (self.count - 1).clamp(min=1)).sqrt()
-        return self.left * spread, self.moments[0] + self.left * self.mean()
-
-    def inflation(self) -> Tensor:
-        """What raises the variance of ``e^l`` in the base sample by one standard error of its own.
-
-        The standard error is that of the sample's fourth moment. A sample of skewed weights shows
-        less than their variance more often than not.
-        """
-        count = self.count.clamp(min=1)
-        second, fourth = self.moments[2] / count, self.moments[3] / count
-        kurtosis = fourth / second.square().clamp(min=torch.finfo(torch.float64).tiny)
-        return 1 + ((kurtosis - 1).clamp(min=0) / count).sqrt()
-
-    def numerator(self) -> tuple[Tensor, Tensor]:
-        """``n`` times the root of the trace of the covariance of ``e^l v`` in the residual, and
-        the length of the numerator.
-        """
-        ops, value = self.inputs.ops, self.inputs.value
-        kept = (self.sure - self.top).exp()
-        kept = kept if self.chance is None else kept / self.chance
-        first, second = ops.moments_at(value, self.base, (self.seen - self.top).exp())
-        count = self.count.clamp(min=1)
-        mean = first.double() / count.unsqueeze(-1)
-        trace = second.double() - count * mean.square().sum(-1)
-        spread = (trace.clamp(min=0) / (self.count - 1).clamp(min=1)).sqrt()
-        known, _ = ops.moments_at(value, self.fixed, kept)
-        size = known.double() + self.left.unsqueeze(-1) * mean
-        return self.left * spread, torch.linalg.vector_norm(size, dim=-1)
-
-
-def uniform(
-    inputs: Inputs, previous: Mask, count: Tensor, left: Tensor, capacity: int
-) -> tuple[Tensor, Tensor]:
-    """Draw uniformly without replacement; a key is in with probability ``count / left``."""
-    indices = sample(inputs, previous, count, capacity, draw=FINAL)
-    chance = (count / left.clamp(min=1)).unsqueeze(-1)
-    return indices, chance.expand(indices.shape).contiguous()
-
-
-def student_quantile(z: float, freedom: Tensor) -> Tensor:
-    """Quantile of Student's t from the normal one, by its expansion (Abramowitz and Stegun:
-    Handbook of Mathematical Functions, 26.7.5).
-    """
-    freedom = freedom.clamp(min=1)
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + first / freedom + second / freedom.square()
 
 
 def per_head(tensor: Tensor, heads: int) -> Tensor:
