@@ -52,6 +52,15 @@ class Piece:
     context_tokens: int
 
 
+@attrs.frozen
+class MadeUpRow:
+    """One sequence of a made-up context."""
+
+    prompts: list[Piece]
+    shared: int
+    padding: int = 0
+
+
 @attrs.define(eq=False)
 class MadeUpContext:
     """A cache of random keys and values, with the attributes of a context that an adapter read.
@@ -68,6 +77,21 @@ class MadeUpContext:
     session: Session | None = None
     states: dict[str, Any] = attrs.field(factory=dict)
     batch: int = 1
+
+    @property
+    def rows(self) -> tuple[MadeUpRow, ...]:
+        """The sequences, which all say the same."""
+        return (MadeUpRow(self.prompts, self.shared),) * self.batch
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """None."""
+        return ()
+
+    @property
+    def width(self) -> int:
+        """Positions in the cache."""
+        return self.shared
 
     @property
     def context_tokens(self) -> int:

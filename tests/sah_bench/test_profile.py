@@ -411,6 +411,30 @@ def test_a_context_beyond_the_model_is_refused(model_folder):
     assert "the prompt is too long: " in result.stderr
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("pipeline", ["dense", "sink(2) | local(4) | quest(8, page_size=4)"])
+def test_the_adapter_captures_decode_steps_over_a_made_up_context(model_folder, batch, pipeline):
+    plan = decode.DecodePlan(
+        model=str(model_folder),
+        shape=None,
+        layers=None,
+        pipelines=(),
+        backends=(),
+        context=16,
+        batch=batch,
+        new_tokens=4,
+        device=CPU,
+        dtype="float32",
+        rounds=2,
+        warmup=0,
+    )
+    adapter = made_up.load(plan)
+    context = made_up.make_context(adapter, plan)
+    loop = adapter.capture_decode(context, Pipeline.parse(pipeline), room=3)
+    loop.step()
+    assert loop.made.shape == (batch, 3)
+
+
 def test_captured_steps_come_from_the_adapter(monkeypatch, model_folder):
     class Decoder:
         steps = 0

@@ -80,7 +80,6 @@ def test_what_prompts_share_ends_where_one_differs_or_its_context_ends(prompts, 
     [
         ("answer", "answer_batch answers them all"),
         ("loglikelihood", "prefill them alone"),
-        ("capture_decode", "prefill them alone"),
     ],
 )
 def test_what_takes_one_context_refuses_a_batch(make, method, instead):
@@ -89,6 +88,47 @@ def test_what_takes_one_context_refuses_a_batch(make, method, instead):
     message = f"{method} takes one context, and 2 were prefilled together; {instead}"
     with pytest.raises(RequestError, match=message):
         getattr(adapter, method)(prefilled)
+
+
+@pytest.mark.parametrize("index", [1, -1, "0"])
+def test_a_question_that_is_not_there_is_named(make, index):
+    adapter = make()
+    prefilled = adapter.prefill(REQUESTS[1])
+    message = f"there is no question {index!r}: the request has 1, counted from 0"
+    for ask in (
+        lambda: adapter.answer(prefilled, indices=[index]),
+        lambda: adapter.loglikelihood(prefilled, indices=[index]),
+        lambda: adapter.capture_decode(prefilled, index=index),
+    ):
+        with pytest.raises(RequestError, match=message):
+            ask()
+
+
+@pytest.mark.parametrize("pipeline", ["dense", "sink(2) | local(3) | quest(8, page_size=4)"])
+def test_contexts_of_equal_length_are_decoded_together_in_a_captured_loop(make, pipeline):
+    adapter = make(pipeline)
+    contexts = ("the hen and the rat", "the rat and the hen")
+    requests = [Request(context=context, questions="who is red?") for context in contexts]
+    options = {"max_new_tokens": 6, "eos_token_id": [10**6]}
+    alone = [adapter.process_request(r, options).details[0].token_ids for r in requests]
+    loop = adapter.capture_decode(adapter.prefill_batch(requests), pipeline, room=6)
+    first = loop.token[:, 0].tolist()
+    rest = loop.generate(5)
+    assert [(a, *b) for a, b in zip(first, rest, strict=True)] == alone
+
+
+def test_contexts_of_other_lengths_are_not_decoded_in_a_captured_loop(make):
+    adapter = make()
+    prefilled = adapter.prefill_batch(REQUESTS[:2])
+    with pytest.raises(RequestError, match="captured decoding takes contexts and questions of equ"):
+        adapter.capture_decode(prefilled)
+
+
+def test_indices_are_for_every_request_of_a_batch(make):
+    adapter = make()
+    prefilled = adapter.prefill_batch(REQUESTS[:2])
+    with pytest.raises(RequestError, match="indices for 1 requests; 2 were prefilled"):
+        adapter.answer_batch(prefilled, indices=[[0]])
 
 
 @attrs.frozen(kw_only=True)

@@ -21,7 +21,7 @@ from .captured import CapturedDecode
 from .generation import Generation, generation_options
 from .loading import Loaded, check_name, load_model
 from .options import check_options, merged
-from .prefilled import Prefilled, check_alone, padded_rows
+from .prefilled import Prefilled, check_alone, check_questions, padded_rows, same_lengths
 from .prompts import build_prompts
 from .refusals import refuse
 from .rounds import rounds
@@ -314,7 +314,7 @@ class HuggingFaceAdapter(Writer):
 
         Raises:
             RequestError: If the prefill was sparse and belongs to another pipeline, or is of
-                several contexts.
+                several contexts, or does not ask such a question.
         """
         check_alone(prefilled, "answer", "answer_batch answers them all")
         [response] = self.answer_batch(
@@ -354,7 +354,12 @@ class HuggingFaceAdapter(Writer):
         generation = self._assisted(generation)
         rows = prefilled.rows
         asked = [range(len(row.prompts)) for row in rows] if indices is None else indices
+        if len(asked) != len(rows):
+            raise RequestError(
+                f"there are indices for {len(asked)} requests; {len(rows)} were prefilled"
+            )
         for row, chosen in zip(rows, asked, strict=True):
+            check_questions(row, chosen)
             for index in chosen:
                 tokens = len(row.prompts[index].ids)
                 self._check_length(tokens, generation.behind(tokens).new_tokens)
@@ -415,6 +420,7 @@ class HuggingFaceAdapter(Writer):
         session = self._watched(state.session, observers)
         state = attrs.evolve(state, session=session)
         chosen = range(len(prefilled.prompts)) if indices is None else indices
+        check_questions(prefilled.rows[0], chosen)
         return tuple(self._score(prefilled, state, index, step) for index in chosen)
 
     @torch.no_grad()
@@ -431,7 +437,7 @@ class HuggingFaceAdapter(Writer):
         Args:
             prefilled: What `prefill` returned; using it otherwise ends the loop's validity.
             pipeline: What to run; the adapter's when None.
-            index: Which question.
+            index: Which question; of contexts that were prefilled together, that of each.
             room: Most tokens to be decoded after the first.
 
         Returns:
@@ -439,14 +445,16 @@ class HuggingFaceAdapter(Writer):
 
         Raises:
             UnsupportedError: If pipeline or model cannot be captured.
-            RequestError: If the prefill is of several contexts.
+            RequestError: If contexts that were prefilled together, or their questions, differ in
+                length.
         """
-        check_alone(prefilled, "capture_decode")
+        prompts = same_lengths(prefilled.rows, index)
         parsed = self.pipeline if pipeline is None else Pipeline.parse(pipeline)
-        state, prompt = self._state(prefilled, parsed), prefilled.prompts[index]
-        asked = [prompt.ids[prompt.context_tokens :]]
-        seen = torch.ones(1, len(prompt.ids), dtype=torch.long, device=self.device)
-        resumed = self._resumed(prefilled, state, [prompt.ids[: prompt.context_tokens]])
+        state = self._state(prefilled, parsed)
+        asked = [prompt.ids[prompt.context_tokens :] for prompt in prompts]
+        seen = torch.ones(len(asked), len(prompts[0].ids), dtype=torch.long, device=self.device)
+        contexts = [prompt.ids[: prompt.context_tokens] for prompt in prompts]
+        resumed = self._resumed(prefilled, state, contexts)
         with resumed as session, use(self.model, session):
             session.start_question()
             output = self.model(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import attrs
 
 from sah_core import Request
 from sah_core.attention import Session, Snapshot
-from sah_core.errors import RequestError
+from sah_core.errors import RequestError, short_repr
 
 from .prompts import Prompt
 
@@ -118,6 +118,40 @@ def check_alone(prefilled: Prefilled, method: str, instead: str = "prefill them 
         raise RequestError(
             f"{method} takes one context, and {prefilled.batch} were prefilled together; {instead}"
         )
+
+
+def check_questions(row: Row, indices: Iterable[int]) -> None:
+    """Refuse to ask what a request does not ask.
+
+    Raises:
+        RequestError: If a request has no question of an index.
+    """
+    count = len(row.prompts)
+    for index in indices:
+        if not isinstance(index, int) or not 0 <= index < count:
+            raise RequestError(
+                f"there is no question {short_repr(index)}: the request has {count}, counted from 0"
+            )
+
+
+def same_lengths(rows: Sequence[Row], index: int) -> list[Prompt]:
+    """The prompts of one question of each row, whose parts must be as long as each other's.
+
+    Raises:
+        RequestError: If they are not, or a row has no such question.
+    """
+    for row in rows:
+        check_questions(row, [index])
+    prompts = [row.prompts[index] for row in rows]
+    lengths = {
+        (row.padding, row.shared, prompt.context_tokens, len(prompt.ids))
+        for row, prompt in zip(rows, prompts, strict=True)
+    }
+    if len(lengths) > 1:
+        raise RequestError(
+            "captured decoding takes contexts and questions of equal length; prefill these alone"
+        )
+    return prompts
 
 
 def shared_context(prompts: Sequence[Prompt]) -> int:
