@@ -12,10 +12,11 @@ theorem. Then b keys of R are drawn, each with its inclusion probability.
 Differs from the paper in drawing the final sample independently of the base sample, which only sets
 the budget, so that ``p = b / n`` is the exact inclusion probability and the estimate is unbiased.
 Its ``cautious`` default allows for the error of the base sample itself, without which the bound is
-missed on small ones. Beyond the paper: ``two_sided=false`` and the offsets, which are the reference
-hub's quantile and sampling range, and the importance modes, which are oracles. Reads the base
-sample and what earlier steps selected (the importance modes: every key), draws a random number per
-key and query head, and keeps no state.
+missed on small ones. No formula makes up for a base sample that misses the keys which hold most of
+the spread: earlier steps must have selected them. Beyond the paper: ``two_sided=false`` and the
+offsets, which are the reference hub's quantile and sampling range, and the importance modes, which
+are oracles. Reads the base sample and what earlier steps selected (the importance modes: every
+key), draws a random number per key and query head, and keeps no state.
 """
 
 from statistics import NormalDist
