@@ -604,9 +604,13 @@ class FalseProbability(Wrong):
 
     capabilities: ClassVar[Capabilities] = Capabilities(stochastic=True)
     probability: float = param(0.9, help="What it says.")
+    skipped: int = param(0, help="First keys that are never drawn.")
 
     def add_mask(self, inputs, previous):
-        left = inputs.allowed.stop - inputs.allowed.start
+        start = (inputs.allowed.start + self.skipped).minimum(inputs.allowed.stop)
+        allowed = attrs.evolve(inputs.allowed, start=start, known_bounds=None)
+        inputs = attrs.evolve(inputs, allowed=allowed)
+        left = allowed.stop - allowed.start
         count = left.clamp(max=6).to(torch.int32).expand(inputs.batch, 1, inputs.query_len)
         keys = sample(inputs, previous, count, 6)
         chance = torch.full(keys.shape, self.probability, device=inputs.device)
@@ -776,9 +780,11 @@ def test_what_attention_tells_is_taken_back_with_the_state():
     assert [r.message for r in run_checks(Heats(), checks) if r.failed] == []
 
 
-def test_a_true_probability_passes():
-    [result] = run_checks(FalseProbability(probability=0.25), [module.check_probabilities])
-    assert result.passed
+@pytest.mark.parametrize("skipped", [0, 9])
+def test_a_true_probability_passes(skipped):
+    masker = FalseProbability(probability=6 / (24 - skipped), skipped=skipped)
+    [result] = run_checks(masker, [module.check_probabilities])
+    assert result.passed, result.message
 
 
 def test_a_module_without_a_source_is_caught(monkeypatch):
