@@ -42,8 +42,6 @@ T = TypeVar("T")
 Progress = Callable[[int, int, str], None]
 """Told how many of how many steps are done, and in a few words how it goes."""
 
-_BLOCK = 2**20
-
 _kept: dict[tuple[Callable[[Path], Any], Path], tuple[tuple[int, int], Any]] = {}
 _reading = threading.RLock()
 
@@ -94,11 +92,8 @@ def content_hash(path: str | Path) -> str:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @attrs.frozen(kw_only=True, eq=False)

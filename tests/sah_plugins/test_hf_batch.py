@@ -187,6 +187,9 @@ def test_a_sparse_prefill_in_chunks_is_that_of_each_request_alone(make, pipeline
     adapter, options = make(pipeline), (NEW, {"prefill_chunk_size": chunk})
     alone = [adapter.process_request(request, *options) for request in REQUESTS]
     assert token_ids(adapter.process_requests(REQUESTS, *options)) == token_ids(alone)
+    with pytest.raises(RequestError, match="in chunks reads contexts of equal length together"):
+        adapter.prefill_batch(REQUESTS, options[1], pipeline)
+    adapter.prefill_batch([REQUESTS[1]] * 2, options[1], pipeline)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

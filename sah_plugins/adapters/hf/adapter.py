@@ -261,6 +261,8 @@ class HuggingFaceAdapter(Writer):
             observers: As for `prefill`.
 
         Raises:
+            RequestError: For contexts of different lengths and a sparse prefill in chunks; for
+                options as in `process_request`.
             UnsupportedError: If the model reads a text in pieces, or behind padding, otherwise than
                 at once.
         """
@@ -283,6 +285,11 @@ class HuggingFaceAdapter(Writer):
             parsed = Pipeline.parse(pipeline)
             if parsed.prefills:
                 check_fit(self.model, parsed)
+                if chunk is not None and any(row.padding for row in rows):
+                    raise RequestError(
+                        "a sparse prefill in chunks reads contexts of equal length together, for "
+                        "its choices may depend on where each is cut; prefill these alone"
+                    )
                 session = Session(parsed, self.layer_types)
         watched = session and self._watched(session, observers)
         empty = compat.snapshot_cache(kv_cache)
