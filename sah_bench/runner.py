@@ -153,8 +153,11 @@ class ModelRun:
             )
             task_run.count = chosen.count
             self.reporter.expect(self._expected(tasks))
+            check = getattr(self.adapter, "check_pipeline", None)
             for run in pending:
                 with failing([run]):
+                    if check is not None:
+                        check(run.pipeline)
                     self._observe(run)
             for group in _contexts(chosen):
                 task_run.order.extend(example.id for example in group)

@@ -63,9 +63,10 @@ class AdapterSpec:
             device=..., dtype=...)`` whose ``name`` is the registered name, with
             ``process_request``, ``prefill``, ``answer`` and ``identity``; class methods
             ``check_model(model_name)`` and ``check_generation(generation_kwargs)``, if it has them,
-            find mistakes before anything is loaded, and ``plain_generation(generation_kwargs)``
-            gives generation options with the content of the files that they name. Exactly one
-            plugin is asked; its result is the result.
+            find mistakes before anything is loaded, ``check_pipeline(pipeline)`` finds those of a
+            pipeline on the loaded model before anything is read, and
+            ``plain_generation(generation_kwargs)`` gives generation options with the content of
+            the files that they name. Exactly one plugin is asked; its result is the result.
 
         Raises:
             BrokenPluginError: by the registry, if the hook is missing, raises, returns no class,

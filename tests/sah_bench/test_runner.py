@@ -17,7 +17,7 @@ from sah_bench.plan import planned_cells
 from sah_bench.progress import Silent
 from sah_bench.runner import exit_code, run_experiment
 from sah_core import Protocol, registry
-from sah_core.errors import ModelNotFoundError
+from sah_core.errors import ArtifactError, ModelNotFoundError
 
 pytestmark = pytest.mark.unit
 
@@ -328,6 +328,22 @@ def test_a_later_model_that_is_not_there_is_found_before_the_first_is_loaded(
     with pytest.raises(ModelNotFoundError):
         run(experiment(models=["m", "missing"]))
     assert fakes.FakeAdapter.calls == []
+
+
+@pytest.mark.parametrize("pipelines", [["local(3)"], ["local(3)", "sink(4)"]])
+def test_a_pipeline_that_does_not_fit_the_model_fails_before_anything_is_read_for_it(
+    experiment, fakes, monkeypatch, pipelines
+):
+    def check_pipeline(self, pipeline):
+        if "local" in pipeline.text:
+            raise ArtifactError("w", "it was made from other weights")
+
+    monkeypatch.setattr(fakes.FakeAdapter, "check_pipeline", check_pipeline, raising=False)
+    results = run(experiment(pipelines=pipelines))
+    assert "made from other weights" in results[0].message
+    assert [result.status for result in results] == ["failed", "done"][: len(pipelines)]
+    assert bool(calls(fakes, "prefill")) == (len(pipelines) > 1)
+    assert {call[1] for call in calls(fakes, "answer")} <= {"sink(sink_size=4)"}
 
 
 def test_only_pipelines_that_miss_samples_answer(experiment, fakes):

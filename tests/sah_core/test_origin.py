@@ -94,13 +94,16 @@ def test_an_artefact_of_other_weights_of_equal_shape_is_refused(models, made, na
 
 
 @pytest.mark.parametrize("phases", ["", " @ prefill=sparse"])
-def test_an_adapter_refuses_it_as_well(models, made, phases):
+def test_an_adapter_refuses_it_before_it_reads_the_context(models, made, phases, monkeypatch):
     source = ModelSource(kind="folder", location="tiny", label="tiny")
     model = models.build("llama", seed=1)
     loaded = Loaded(model=model, tokenizer=models.tokenizer(), source=source, weights_hash="0")
     adapter = HuggingFaceAdapter.of(loaded, made("double-sparsity") + phases)
+    monkeypatch.setattr(adapter, "prefill", None)
     with pytest.raises(ArtifactError, match="made from other weights"):
         adapter.process_request(Request(context="the hen and the rat", questions="an ant?"))
+    with pytest.raises(ArtifactError, match="made from other weights"):
+        adapter.check_pipeline(made("hash-attention"))
 
 
 def test_a_file_that_does_not_say_where_it_is_from_is_taken(models, made, tmp_path):

@@ -116,6 +116,17 @@ class HuggingFaceAdapter(Writer):
         """
         check_name(model_name)
 
+    def check_pipeline(self, pipeline: Pipeline | str) -> None:
+        """Find out, before anything is read, that a pipeline cannot run on the model.
+
+        Raises:
+            UnsupportedError: If the model cannot be patched, or a masker asks for what it is not
+                given.
+            PipelineError: If the pipeline applies to no layer.
+            ArtifactError: If an artefact is not there, or was made from other weights.
+        """
+        check_fit(self.model, Pipeline.parse(pipeline))
+
     def identity(self) -> dict[str, Any]:
         """What makes results of this model comparable: label, weights hash and dtype."""
         return {
@@ -482,6 +493,7 @@ class HuggingFaceAdapter(Writer):
         request_kwargs: Mapping[str, Any] | None,
     ) -> Generation:
         """The options of some requests, after all that can be found wrong before one is read."""
+        self.check_pipeline(self.pipeline)
         generation = generation_options(self.model, self.tokenizer, generation_kwargs)
         refuse(self.pipeline, generation, self.model, 1)
         self._assisted(generation)
