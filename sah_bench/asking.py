@@ -163,6 +163,7 @@ class Asking:
             pipeline=pipeline,
             new_tokens=int(self.plan.generation.get("max_new_tokens", 0)),
             observers=list(observers),
+            generation_kwargs=dict(self.plan.generation),
         )
 
     def _dense(self, prefilled: Any) -> list[Answer]:

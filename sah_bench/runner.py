@@ -225,8 +225,17 @@ class ModelRun:
         request_kwargs = {} if length is None else {"max_context_length": length}
         request = request_of(task_run.plan, task_run.task, group)
         return self.adapter.prefill(
-            request, request_kwargs, pipeline=pipeline, observers=list(observers)
+            request,
+            request_kwargs,
+            pipeline=pipeline,
+            observers=list(observers),
+            generation_kwargs=self._generation(task_run),
         )
+
+    def _generation(self, task_run: TaskRun) -> dict[str, Any]:
+        """Generation options of a task: those of the benchmark, with the experiment's over them."""
+        prescribed = task_run.plan.benchmark.generation_for(task_run.task)
+        return {**prescribed, **self.experiment.generation}
 
     def _timed(
         self, task_run: TaskRun, run: CellRun, prefilled: Any, group: Sequence[Example]
@@ -302,8 +311,7 @@ class ModelRun:
     ) -> AnswerDetail:
         if example.predicted is not None:
             return self._predicted(run, prefilled, example, index, observers)
-        prescribed = task_run.plan.benchmark.generation_for(task_run.task)
-        generation = {**prescribed, **self.experiment.generation}
+        generation = self._generation(task_run)
         generation["max_new_tokens"] = self.experiment.max_new_tokens or example.max_new_tokens
         if generation.get("do_sample"):
             _seed_sampling(self.experiment.seed, example.id)

@@ -3,43 +3,107 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sah_core.compat.models import cache_argument, text_config
-from sah_core.errors import UnsupportedError
+from sah_core.compat.models import cache_argument, devices_of, text_config
+from sah_core.errors import UnsupportedError, one_line
 
 
-def make_cache(model: Any, capacity: int) -> Any:
+def make_cache(model: Any, capacity: int, *, offloaded: bool = False) -> Any:
     """A KV cache for a request: full-attention layers are preallocated, the others as the model
     needs them.
 
     Args:
         model: The model whose configuration says what the layers are.
         capacity: Tokens to take room for; the buffers grow by doubling beyond that.
+        offloaded: The preallocated layers lie in the host's memory, and each is copied to its
+            device when it computes; those that drop keys stay on the device. A model in the host's
+            memory has nothing to offload.
 
     Raises:
-        UnsupportedError: For a cache layer class that is not known here.
+        UnsupportedError: For a cache layer class that is not known here, or that does not know how
+            to be offloaded.
     """
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     from sah_core.compat.preallocated import PreallocatedLayer
 
-    made = DynamicCache(config=text_config(model))
+    offloaded = offloaded and any(device.type != "cpu" for device in devices_of(model))
+    cache_class, layer_class = DynamicCache, PreallocatedLayer
+    if offloaded:
+        from sah_core.compat.offloaded import OffloadedCache, OffloadedLayer
+
+        cache_class, layer_class = OffloadedCache, OffloadedLayer
+    made = cache_class(config=text_config(model))
     for index, layer in enumerate(made.layers):
         if type(layer) is DynamicLayer:
-            made.layers[index] = PreallocatedLayer(capacity)
+            made.layers[index] = layer_class(capacity)
         elif kind_of(layer) is None:
             raise UnsupportedError(
                 what=f"cache layer {type(layer).__name__} of {type(model).__name__}",
                 reason="how to take it back to an earlier state is not known",
             )
+        elif (
+            offloaded
+            and isinstance(layer, DynamicLayer)
+            and type(layer) is not DynamicSlidingWindowLayer
+        ):
+            raise UnsupportedError(
+                what=f"offloading cache layer {type(layer).__name__} of {type(model).__name__}",
+                reason="it keeps more than keys and values; use another cache_implementation",
+            )
     return made
+
+
+def make_quantised_cache(model: Any, options: Mapping[str, Any]) -> Any:
+    """A KV cache that keeps the keys and values of a request in few bits.
+
+    Args:
+        model: The model whose configuration says what the layers are.
+        options: As for `QuantisedCache`.
+
+    Raises:
+        UnsupportedError: If it does not fit the model, or its backend is not installed.
+    """
+    from sah_core.compat.quantised import QuantisedCache
+
+    try:
+        made = QuantisedCache(text_config(model), options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UnsupportedError(
+            what=f"a quantised cache with {type(model).__name__}", reason=one_line(str(error))
+        ) from error
+    for layer in made.layers:
+        if kind_of(layer) is None:
+            raise UnsupportedError(
+                what=f"cache layer {type(layer).__name__} of {type(model).__name__}",
+                reason="how to take it back to an earlier state is not known",
+            )
+    return made
+
+
+def check_quantised(options: Mapping[str, Any], *, beams: bool = False) -> str | None:
+    """What is wrong with a quantised cache, as far as no model is needed; None if nothing is.
+
+    Args:
+        options: As for `QuantisedCache`.
+        beams: Its sequences will change places.
+    """
+    from sah_core.compat import quantised
+
+    try:
+        quantised.check_options(options)
+    except (ValueError, TypeError, ImportError) as error:
+        return one_line(str(error))
+    if beams and not quantised.reorders():
+        return "the installed transformers reorders only what is not quantised yet"
+    return None
 
 
 def kind_of(layer: Any) -> str | None:
@@ -57,7 +121,11 @@ def kind_of_class(layer_class: type) -> str | None:
 
     if issubclass(layer_class, PreallocatedLayer):
         return "length"
+    # these make new tensors, and write into none
+    replacing = ("QuantoQuantizedLayer", "HQQQuantizedLayer", "Fp8QuantizedLayer")
     if layer_class in (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer):
+        return "reference"
+    if layer_class.__name__ in replacing and layer_class.__module__ == cache_utils.__name__:
         return "reference"
     in_place = (
         "LinearAttentionLayer",
@@ -66,6 +134,11 @@ def kind_of_class(layer_class: type) -> str | None:
         "DummyLayer",
     )
     return "copy" if layer_class.__name__ in in_place else None
+
+
+def is_offloaded(layer: Any) -> bool:
+    """Whether the keys of a cache layer wait in the host's memory (`OffloadedLayer`)."""
+    return hasattr(layer, "on_device")
 
 
 def check_cache(kv_cache: Any) -> None:
@@ -78,10 +151,11 @@ def check_cache(kv_cache: Any) -> None:
     Raises:
         UnsupportedError: With the class of the layer.
     """
-    from transformers import cache_utils
+    from transformers.cache_utils import StaticLayer
 
-    quantised = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
-    passable = (quantised, cache_utils.StaticLayer)
+    from sah_core.compat.quantised import QUANTISED_LAYER
+
+    passable = (QUANTISED_LAYER, StaticLayer)
     made_later = getattr(kv_cache, "layer_class_to_replicate", None)
     found = [type(layer) for layer in getattr(kv_cache, "layers", ())]
     for kind in dict.fromkeys([*found, *([made_later] if made_later else [])]):
@@ -225,8 +299,22 @@ def without_cached(model: Any, kv_cache: Any, prompt_tokens: int) -> Iterator[No
 
 
 def cached_tensors(kv_cache: Any) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Layer index, keys and values of every layer that caches keys as attention sees them."""
+    """Layer index, keys and values of every layer that caches keys as attention sees them, on the
+    layer's device; what is offloaded or quantised is brought back for one layer at a time.
+    """
     for index, layer in enumerate(kv_cache.layers):
-        keys = getattr(layer, "keys", None)
-        if isinstance(keys, Tensor) and keys.numel():
-            yield index, keys, layer.values
+        held = _held(layer)
+        if held is not None:
+            yield index, *held
+
+
+def _held(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """Keys and values of a layer; None if it has none."""
+    if is_offloaded(layer):
+        return layer.on_device() if layer.length else None
+    if hasattr(layer, "_dequantize"):
+        from sah_core.compat.quantised import dequantised
+
+        return dequantised(layer) if layer.is_initialized else None
+    keys = getattr(layer, "keys", None)
+    return (keys, layer.values) if isinstance(keys, Tensor) and keys.numel() else None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sah_core.allowed import Allowed
-from sah_core.compat.cache import kind_of
+from sah_core.compat.cache import is_offloaded, kind_of
 from sah_core.errors import UnsupportedError
 
 _captures: list[Capture] = []
@@ -37,10 +37,10 @@ class Capture:
     def __init__(self, kv_cache: Any, batch: int, room: int, first: Tensor | None = None) -> None:
         self.layers = list(kv_cache.layers)
         for index, layer in enumerate(self.layers):
-            if kind_of(layer) != "length" or layer.key_buffer is None:
+            if kind_of(layer) != "length" or layer.key_buffer is None or is_offloaded(layer):
                 raise UnsupportedError(
                     what=f"captured decoding with layer {index} ({type(layer).__name__})",
-                    reason="its length cannot live on the device",
+                    reason="its keys and its length cannot live on the device",
                 )
         devices = {layer.key_buffer.device for layer in self.layers}
         if len(devices) > 1:

@@ -61,10 +61,13 @@ class AdapterSpec:
         Returns:
             A class made as ``cls(model_name, pipeline=..., model_kwargs=..., tokenizer_kwargs=...,
             device=..., dtype=...)`` whose ``name`` is the registered name, with
-            ``process_request``, ``prefill``, ``answer`` and ``identity``; class methods
-            ``check_model(model_name)`` and ``check_generation(generation_kwargs)``, if it has them,
-            find mistakes before anything is loaded, ``check_pipeline(pipeline)`` finds those of a
-            pipeline on the loaded model before anything is read, and
+            ``process_request``, ``prefill``, ``answer`` and ``identity``. Runners read a context
+            with ``prefill(request, request_kwargs, pipeline=..., observers=...,
+            generation_kwargs=...)``, the last for options that say how it is kept, and ask with
+            ``answer(prefilled, pipeline, generation_kwargs, observers=..., indices=...)``. Class
+            methods ``check_model(model_name)`` and ``check_generation(generation_kwargs)``, if it
+            has them, find mistakes before anything is loaded, ``check_pipeline(pipeline)`` finds
+            those of a pipeline on the loaded model before anything is read, and
             ``plain_generation(generation_kwargs)`` gives generation options with the content of
             the files that they name. Exactly one plugin is asked; its result is the result.
 

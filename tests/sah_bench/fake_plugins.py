@@ -37,7 +37,16 @@ class FakeAdapter:
     def process_request(self, request, generation_kwargs=None, request_kwargs=None):
         raise NotImplementedError("runners prefill once and answer for every pipeline")
 
-    def prefill(self, request, request_kwargs=None, pipeline=None, *, new_tokens=0, observers=()):
+    def prefill(
+        self,
+        request,
+        request_kwargs=None,
+        pipeline=None,
+        *,
+        new_tokens=0,
+        observers=(),
+        generation_kwargs=None,
+    ):
         label = None if pipeline is None else pipeline.text
         for observer in observers:
             if isinstance(observer, Asked):

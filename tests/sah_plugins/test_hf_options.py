@@ -13,7 +13,6 @@ from transformers import (
     StoppingCriteriaList,
     TextStreamer,
 )
-from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.logits_process import LogitsProcessor
 from transformers.generation.utils import GenerationMixin
 
@@ -90,11 +89,6 @@ def test_the_table_says_refused_of_what_is_refused():
 
 
 SAMPLES = {
-    "cache_implementation": ("static", "quantized", "offloaded", "sliding_window", "paged", "x"),
-    "cache_config": ({"backend": "quanto"},),
-    "max_cache_len": (100,),
-    "use_cache": (False,),
-    "compile_config": (CompileConfig(),),
     "constraints": ([1],),
     "force_words_ids": ([[3]],),
     "dola_layers": ("low", [1]),
@@ -103,7 +97,6 @@ SAMPLES = {
     "diversity_penalty": (0.5,),
     "speculation_type": ("dflash",),
     "continuous_batching_config": ({},),
-    "prefill_chunk_size": (16,),
 }
 
 

@@ -19,6 +19,7 @@ from sah_core.requests import AnswerDetail, Likelihood
 
 from .captured import CapturedDecode
 from .generation import Generation, generation_options
+from .kv_cache import Keeping
 from .loading import Loaded, check_name, load_model
 from .options import check_options, merged
 from .prefilled import Prefilled, check_alone, check_questions, padded_rows, same_lengths
@@ -171,6 +172,7 @@ class HuggingFaceAdapter(Writer):
             self.pipeline,
             new_tokens=generation.new_tokens,
             observers=observers,
+            generation_kwargs=generation_kwargs,
         )
         return self.answer(prefilled, self.pipeline, generation_kwargs, observers=observers)
 
@@ -195,8 +197,8 @@ class HuggingFaceAdapter(Writer):
             generation_kwargs: As for `process_request`. Draws of a row depend on the other rows.
             request_kwargs: As for `process_request`, the same for all.
             batch_size: Contexts that are read together; assisted generation takes one at a time,
-                and so does a sparse prefill in chunks, whose choices may depend on where each
-                context is cut.
+                and so do a sparse prefill in chunks, whose choices may depend on where each
+                context is cut, and a quantised cache, which shares scales.
             observers: Objects with observer hooks. They see whole batches, rows that idle or have
                 ended included.
 
@@ -211,8 +213,9 @@ class HuggingFaceAdapter(Writer):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ParameterError("request", "batch_size", batch_size, "an integer >= 1")
         generation = self._prepared(requests, generation_kwargs, request_kwargs)
-        chunked = request_options(request_kwargs)[1] is not None
-        if generation.assisted or (chunked and self.pipeline.prefills):
+        chunk = request_options(request_kwargs)[1] or generation.keeping.chunk
+        in_pieces = chunk is not None and self.pipeline.prefills
+        if generation.assisted or in_pieces or generation.keeping.reads_alone:
             batch_size = 1
         responses: list[Response] = []
         for begin in range(0, len(requests), batch_size):
@@ -222,6 +225,7 @@ class HuggingFaceAdapter(Writer):
                 self.pipeline,
                 new_tokens=generation.new_tokens,
                 observers=observers,
+                generation_kwargs=generation_kwargs,
             )
             responses += self.answer_batch(
                 prefilled, self.pipeline, generation_kwargs, observers=observers
@@ -237,6 +241,7 @@ class HuggingFaceAdapter(Writer):
         *,
         new_tokens: int = 0,
         observers: Sequence[object] = (),
+        generation_kwargs: Mapping[str, Any] | None = None,
     ) -> Prefilled:
         """Run the context once.
 
@@ -247,9 +252,17 @@ class HuggingFaceAdapter(Writer):
             new_tokens: Tokens that are going to be generated, as far as known: whether they fit is
                 checked, and room is taken for them.
             observers: Objects with observer hooks; only a sparse prefill has something to observe.
+            generation_kwargs: What the answers will be asked with; read for the options that say
+                how the context is kept (``cache_implementation``, ``cache_config``,
+                ``max_cache_len``) and read (``prefill_chunk_size``).
         """
         return self.prefill_batch(
-            [request], request_kwargs, pipeline, new_tokens=new_tokens, observers=observers
+            [request],
+            request_kwargs,
+            pipeline,
+            new_tokens=new_tokens,
+            observers=observers,
+            generation_kwargs=generation_kwargs,
         )
 
     @torch.no_grad()
@@ -261,6 +274,7 @@ class HuggingFaceAdapter(Writer):
         *,
         new_tokens: int = 0,
         observers: Sequence[object] = (),
+        generation_kwargs: Mapping[str, Any] | None = None,
     ) -> Prefilled:
         """Run several contexts at once, left-padded to the longest.
 
@@ -270,14 +284,17 @@ class HuggingFaceAdapter(Writer):
             pipeline: As for `prefill`.
             new_tokens: As for `prefill`.
             observers: As for `prefill`.
+            generation_kwargs: As for `prefill`.
 
         Raises:
             RequestError: For contexts of different lengths and a sparse prefill in chunks; for
-                options as in `process_request`.
+                several contexts and a quantised cache; for options as in `process_request`.
             UnsupportedError: If the model reads a text in pieces, or behind padding, otherwise than
-                at once.
+                at once, or its layers cannot be kept as the options say.
         """
         options, chunk = request_options(request_kwargs)
+        keeping = Keeping.taken_from(check_options(generation_kwargs, type(self.model).generate))
+        chunk = chunk or keeping.chunk
         if not requests:
             raise RequestError("there is no request")
         for request in requests:
@@ -290,7 +307,12 @@ class HuggingFaceAdapter(Writer):
         check_reading(self.model)
         if any(row.padding for row in rows):
             check_padding(self.model)
-        kv_cache = compat.make_cache(self.model, longest + max(ROOM, new_tokens))
+        if keeping.reads_alone and len(rows) > 1:
+            raise RequestError(
+                "a quantised cache takes one context at a time, for what it shares between "
+                "sequences would depend on the others; prefill these alone"
+            )
+        kv_cache = keeping.new_cache(self.model, longest + max(ROOM, new_tokens))
         session = None
         if pipeline is not None:
             parsed = Pipeline.parse(pipeline)
@@ -310,7 +332,7 @@ class HuggingFaceAdapter(Writer):
         self._extend(kv_cache, pieces, 0, watched, padding, chunk)
         seconds = self._now() - begin - (watched.observer_seconds if watched else 0.0)
         base = compat.snapshot_cache(kv_cache)
-        return Prefilled(rows, kv_cache, base, seconds, session, empty, chunk)
+        return Prefilled(rows, kv_cache, base, seconds, session, empty, chunk, keeping)
 
     def answer(
         self,
@@ -369,6 +391,7 @@ class HuggingFaceAdapter(Writer):
         parsed = self.pipeline if pipeline is None else Pipeline.parse(pipeline)
         generation = generation_options(self.model, self.tokenizer, generation_kwargs)
         refuse(parsed, generation, self.model, len(prefilled.rows))
+        prefilled.keeping.check_answered(generation.keeping)
         generation = self._assisted(generation)
         rows = prefilled.rows
         asked = [range(len(row.prompts)) for row in rows] if indices is None else indices
@@ -496,6 +519,7 @@ class HuggingFaceAdapter(Writer):
         self.check_pipeline(self.pipeline)
         generation = generation_options(self.model, self.tokenizer, generation_kwargs)
         refuse(self.pipeline, generation, self.model, 1)
+        generation.keeping.new_cache(self.model, 1)
         self._assisted(generation)
         if generation.counts_prompt:
             options, _ = request_options(request_kwargs)

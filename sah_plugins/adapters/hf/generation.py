@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sah_core import RequestError, compat
 
+from .kv_cache import Keeping
 from .options import ASSISTED, DRAFTING, check_options
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Generation:
             limited.
         min_length: Least tokens of both, below which no sequence ends; likewise.
         assistant: The model that proposes tokens, or its name, and what goes with it.
+        keeping: How the context is to be read and kept.
         negative: The negative prompt of guidance, by the names of ``generate``'s arguments.
     """
 
@@ -50,6 +52,7 @@ class Generation:
     max_length: int | None = None
     min_length: int | None = None
     assistant: Assistant | None = None
+    keeping: Keeping = Keeping()
     negative: dict[str, Any] = attrs.field(factory=dict)
 
     @property
@@ -239,6 +242,7 @@ def generation_options(
     if beams == 1:
         options["num_return_sequences"] = 1
     assistant = take_assistant(options)
+    keeping = Keeping.taken_from(options)
     return Generation(
         options=options,
         stops=stopping_criteria(options, tokenizer),
@@ -248,6 +252,7 @@ def generation_options(
         max_length=max_length,
         min_length=min_length,
         assistant=assistant,
+        keeping=keeping,
         negative={
             name: options.pop(name)
             for name in ("negative_prompt_ids", "negative_prompt_attention_mask")

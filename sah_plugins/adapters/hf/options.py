@@ -14,11 +14,12 @@ from typing import Any
 from sah_core import ParameterError, RequestError
 from sah_core.errors import nearest_names, one_line, short_repr
 
+from .kv_cache import IMPLEMENTATIONS, check_keeping
 from .loading import hub_in_reach
 
 log = logging.getLogger(__name__)
 
-OWN_CACHE = "the context is read once, into a cache that the adapter keeps"
+OWN_CACHE = "the context is read once, into a cache that the adapter makes"
 REQUEST = "the request holds the prompt"
 HUB_CODE = "transformers runs it with code from the hub only, and no remote code is run"
 DRAFT_LAYERS = "drafts by layers that only a few models have are not known here"
@@ -36,14 +37,8 @@ REFUSED = {
     "use_mtp": DRAFT_LAYERS,
     "speculation_type": DRAFT_LAYERS,
     "is_assistant": "transformers sets it itself, for an assistant",
-    "compile_config": "transformers compiles for static caches only",
     "continuous_batching_config": "process_requests makes the batches",
     "synced_gpus": "a model runs in one process",
-    "prefill_chunk_size": "it belongs into the request options",
-    "cache_implementation": OWN_CACHE,
-    "cache_config": OWN_CACHE,
-    "max_cache_len": OWN_CACHE,
-    "use_cache": OWN_CACHE,
     "cache": OWN_CACHE,
     "cache_params": OWN_CACHE,
     "past_key_values": OWN_CACHE,
@@ -55,13 +50,16 @@ REFUSED = {
 }
 """Options of ``generate`` that have no place here, and why."""
 NEUTRAL = {
-    "use_cache": (True,),
-    "cache_implementation": ("dynamic", "hybrid"),
     "penalty_alpha": (0,),
     "num_beam_groups": (1,),
     "diversity_penalty": (0,),
 }
 """Values of refused options that change nothing, where that is not False or None."""
+WITHOUT_EFFECT = {
+    "use_cache": "the context is read once into a cache, which the answers do not depend on",
+    "compile_config": "passes are not compiled; capture_decode is the fast loop",
+}
+"""Options that choose time and memory, and are not followed: a warning says why."""
 OWN = ("seed", "tokenizer", "assistant_tokenizer")
 """Options beside those of ``generate`` and of a generation config."""
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
@@ -81,6 +79,8 @@ COUNTS = {
     "min_length": 0,
     "num_beams": 1,
     "num_return_sequences": 1,
+    "max_cache_len": 1,
+    "prefill_chunk_size": 1,
     "prompt_lookup_num_tokens": 1,
     "max_matching_ngram_size": 1,
     "num_assistant_tokens": 1,
@@ -163,7 +163,22 @@ def check_options(
             raise ParameterError("generation", name, options[name], "true or false")
     check_together(options)
     check_values(options)
+    check_keeping(options)
+    drop_without_effect(options)
     return options
+
+
+def drop_without_effect(options: dict[str, Any]) -> None:
+    """Take out what is not followed, saying so once."""
+    for name, reason in WITHOUT_EFFECT.items():
+        value = options.pop(name, None)
+        if not (value is None or (name == "use_cache" and value)):
+            _say_once(f"generation option {name!r} has no effect: {reason}")
+
+
+@cache
+def _say_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def merged(generation_kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,6 +290,11 @@ def check_together(options: Mapping[str, Any]) -> None:
             f"{assisting[0]} does not go together with guidance_scale: the unconditional branch "
             "cannot take rejected tokens back"
         )
+    if assisting and options.get("cache_implementation") == "quantized":
+        raise RequestError(
+            f"{assisting[0]} does not go together with cache_implementation='quantized': a "
+            "quantised cache cannot take rejected tokens back"
+        )
     if options.get("streamer") is not None and beams > 1:
         raise RequestError("streamer does not go together with num_beams: beams end all at once")
     if not options.get("return_dict_in_generate"):
@@ -333,6 +353,11 @@ FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, str) or hasattr(value, "generation_config"),
         "a model or the name of one",
     ),
+    "cache_implementation": (
+        lambda value: isinstance(value, str) and value in IMPLEMENTATIONS,
+        f"one of {', '.join(IMPLEMENTATIONS)}",
+    ),
+    "cache_config": (lambda value: isinstance(value, Mapping), "a mapping"),
     "max_time": (lambda value: _is_number(value) and value >= 0, "a number of seconds >= 0"),
     "guidance_scale": NUMBER,
     "length_penalty": NUMBER,

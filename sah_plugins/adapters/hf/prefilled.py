@@ -11,6 +11,7 @@ from sah_core import Request
 from sah_core.attention import Session, Snapshot
 from sah_core.errors import RequestError, short_repr
 
+from .kv_cache import Keeping
 from .prompts import Prompt
 
 
@@ -59,6 +60,7 @@ class Prefilled:
             can then answer.
         empty: Snapshot of the cache before the contexts.
         chunk: Tokens per pass of the prefill; all at once when None.
+        keeping: How the cache keeps the contexts.
         states: States built on the contexts, per pipeline.
     """
 
@@ -69,6 +71,7 @@ class Prefilled:
     session: Session | None = None
     empty: list[Any] = attrs.field(factory=list)
     chunk: int | None = None
+    keeping: Keeping = Keeping()
     states: dict[str, ContextState] = attrs.field(factory=dict)
 
     @property

@@ -90,11 +90,12 @@ class Reader:
     def _end_context(self, session: Session, kv_cache: Any, padding: Sequence[int] = ()) -> None:
         """Tell the states that the cache holds the context and nothing else."""
         if session.pipeline.steps:
-            session.end_prefill(self._cached_inputs(kv_cache, padding))
+            # layer by layer, since keys that are kept elsewhere are on the device meanwhile
+            for call in self._cached_inputs(kv_cache, padding):
+                session.end_prefill({call.layer: call})
 
-    def _cached_inputs(self, kv_cache: Any, padding: Sequence[int]) -> dict[int, Inputs]:
+    def _cached_inputs(self, kv_cache: Any, padding: Sequence[int]) -> Iterator[Inputs]:
         """Per layer a call without query rows over the cached keys."""
-        calls = {}
         limits: dict[tuple[int, torch.device], Allowed] = {}
         config = compat.text_config(self.model)
         heads = int(config.num_attention_heads)
@@ -106,7 +107,7 @@ class Reader:
             place = key_len, key.device
             if place not in limits:
                 limits[place] = compat.causal_limits(0, key_len, key.device, padding)
-            calls[layer] = Inputs(
+            yield Inputs(
                 query=key.new_empty((key.shape[0], heads, 0, key.shape[3])),
                 key=key,
                 value=value,
@@ -118,7 +119,6 @@ class Reader:
                 layer_type=self.layer_types[layer],
                 phase="prefill",
             )
-        return calls
 
     def _extend(
         self,
