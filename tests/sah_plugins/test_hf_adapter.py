@@ -566,7 +566,7 @@ def test_settings_of_the_checkpoint_do_not_make_the_default_sample(models, make)
     "options",
     [
         {"num_return_sequences": 2},
-        {"cache_implementation": "static"},
+        {"cache_config": {"nbits": 4}},
         {"output_scores": True},
         {"token_healing": True},
         {"attention_mask": torch.ones(1, 3)},
