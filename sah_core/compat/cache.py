@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -257,12 +258,56 @@ def restore_cache(kv_cache: Any, tokens: list[Any]) -> None:
     for index, token in enumerate(tokens):
         layer = kv_cache.layers[index]
         kind = kind_of(layer)
-        if kind == "length":
+        if isinstance(token, Displaced):
+            layer.put_back(token.begin, token.keys, token.values)
+            tokens[index] = layer.length
+        elif kind == "length":
             layer.set_length(token)
         elif kind == "reference":
             kv_cache.layers[index] = copy.copy(token)
         else:
             kv_cache.layers[index] = copy.deepcopy(token)
+
+
+def can_shorten(kv_cache: Any) -> bool:
+    """Whether all layers of a cache can drop their last tokens."""
+    return all(kind_of(layer) == "length" for layer in kv_cache.layers)
+
+
+@attrs.frozen(eq=False)
+class Displaced:
+    """A snapshot by length, and copies of the tokens that may have been written over since, as the
+    layer's buffers hold them.
+    """
+
+    begin: int
+    keys: Tensor
+    values: Tensor
+
+
+def keep_displaced(kv_cache: Any, tokens: list[Any], begin: int) -> None:
+    """Let a snapshot outlast that tokens from ``begin`` on are written over: one by length holds
+    only as long as nothing is written before that length.
+
+    Args:
+        kv_cache: The cache, as it was when the snapshot was taken.
+        tokens: The snapshot, which gets copies of them; taking the cache back to it lets them go.
+        begin: The first token that may be written over.
+    """
+    for index, layer in enumerate(kv_cache.layers):
+        if kind_of(layer) == "length" and layer.length > begin:
+            tokens[index] = Displaced(begin, *layer.copies_from(begin))
+
+
+def shorten_cache(kv_cache: Any, length: int) -> None:
+    """Drop the last tokens of a cache that can do so.
+
+    Args:
+        kv_cache: The cache; see `can_shorten`.
+        length: Tokens to keep, at most those that it holds.
+    """
+    for layer in kv_cache.layers:
+        layer.set_length(length)
 
 
 @contextmanager

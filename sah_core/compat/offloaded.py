@@ -125,6 +125,24 @@ class OffloadedLayer(PreallocatedLayer):
         self.length = length
         self._staged = None
 
+    def copies_from(self, begin: int) -> tuple[Tensor, Tensor]:
+        """Copies of the cached keys and values from a token on, in the host's memory."""
+        assert self.key_buffer is not None
+        assert self.value_buffer is not None
+        self._wait()
+        keys, values = self.key_buffer[begin : self.length], self.value_buffer[begin : self.length]
+        return keys.clone(), values.clone()
+
+    def put_back(self, begin: int, keys: Tensor, values: Tensor) -> None:
+        """Write copies back to where they stood; the layer then ends behind them."""
+        assert self.key_buffer is not None
+        assert self.value_buffer is not None
+        self._wait()
+        end = begin + len(keys)
+        self.key_buffer[begin:end] = keys
+        self.value_buffer[begin:end] = values
+        self.set_length(end)
+
     def _take(self, index: Tensor) -> None:
         """Make the sequences those of ``index``, in buffers of their own."""
         if not self.length:

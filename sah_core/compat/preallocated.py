@@ -87,6 +87,15 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
             self.keys = self.key_buffer[:, :, :length]
             self.values = self.value_buffer[:, :, :length]
 
+    def copies_from(self, begin: int) -> tuple[Tensor, Tensor]:
+        """Copies of the cached keys and values from a token on, for `put_back`."""
+        return self.keys[:, :, begin:].clone(), self.values[:, :, begin:].clone()
+
+    def put_back(self, begin: int, keys: Tensor, values: Tensor) -> None:
+        """Write copies back to where they stood; the layer then ends behind them."""
+        self.set_length(begin)
+        self.update(keys, values)
+
     def get_seq_length(self) -> int:
         """Tokens in the cache."""
         return self.length

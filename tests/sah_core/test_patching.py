@@ -521,6 +521,31 @@ def test_a_cache_goes_back_to_a_snapshot_any_number_of_times(models, built, fami
         forward(model, models.tokens(1, 10 + turn, seed=9), kv_cache)
 
 
+@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize("begin", [0, 3, CONTEXT])
+def test_a_snapshot_can_outlast_that_its_tokens_are_written_over(
+    models, built, monkeypatch, begin, offloaded
+):
+    def held():
+        return [(keys.clone(), values.clone()) for _, keys, values in compat.cached_tensors(cache)]
+
+    monkeypatch.setattr("sah_core.compat.cache.devices_of", lambda _: [torch.device("cuda")])
+    model, ids = built("llama"), models.tokens(1, CONTEXT)
+    cache = compat.make_cache(model, 26, offloaded=offloaded)
+    forward(model, ids, cache)
+    snapshot, before = compat.snapshot_cache(cache), held()
+    for turn in range(2):
+        compat.keep_displaced(cache, snapshot, begin)
+        compat.shorten_cache(cache, begin)
+        # more of them than there is room for
+        forward(model, models.tokens(1, 40, seed=turn), cache)
+        for _ in range(2):
+            compat.restore_cache(cache, snapshot)
+            for pair, was in zip(held(), before, strict=True):
+                assert all(map(torch.equal, pair, was))
+    assert snapshot == [CONTEXT] * len(cache.layers)
+
+
 @pytest.mark.parametrize("family", ["qwen3-next"])
 def test_a_cache_that_is_written_in_place_goes_back_by_copy(models, family):
     model, ids = models.build(family), models.tokens(1, CONTEXT + QUESTION)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from sah_core import Request, hookimpl
+from sah_core import Request, compat, hookimpl
 from sah_core.errors import (
     ContextTooLongError,
     ParameterError,
@@ -168,6 +168,27 @@ def test_a_question_whose_context_ends_elsewhere_has_the_sparse_prefill_that_it_
     for question, detail in zip(questions, together.details, strict=True):
         alone = adapter.process_request(Request(questions=question, **request), NEW, options)
         assert alone.details[0].token_ids == detail.token_ids
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    ["sink(1) | local(0.3) @ prefill=sparse, decode=dense", "quest(0.3) @ prefill=sparse"],
+)
+def test_a_sparse_prefill_that_one_question_reads_again_is_as_before_for_the_next(make, pipeline):
+    adapter = make(pipeline=pipeline)
+    context = "the hen and the rat are on the hearth. an ant is in the red tin.\nno one is here."
+    questions = ("\nwho is in the tin?", "where is the hen?")
+    request = Request(context=context, questions=questions, separator="")
+    prefilled = adapter.prefill(request, {"prefill_chunk_size": 16}, pipeline)
+    first, second = prefilled.prompts
+    assert first.context_tokens == prefilled.shared < second.context_tokens
+    before = adapter.answer(prefilled, pipeline, NEW, indices=[0]).responses
+    keys = [layer.keys.clone() for layer in prefilled.cache.layers]
+    adapter.answer(prefilled, pipeline, NEW, indices=[1])
+    assert adapter.answer(prefilled, pipeline, NEW, indices=[0]).responses == before
+    compat.restore_cache(prefilled.cache, prefilled.base)
+    for layer, was in zip(prefilled.cache.layers, keys, strict=True):
+        assert torch.equal(layer.keys, was[:, :, : prefilled.shared])
 
 
 def test_some_of_the_questions_can_be_asked(make):

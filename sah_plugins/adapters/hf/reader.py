@@ -175,7 +175,8 @@ class Reader:
         A prompt may share more with its context than the questions share with each other: the last
         tokens of the context may merge with the start of some questions only. The states then end
         where they end for this question alone. What a sparse prefill selects may depend on where
-        its passes end, so that it then reads the whole context again.
+        its passes end, so that it then reads the whole context again. A context may also end before
+        what the cache holds; it is read again where the cache cannot drop its last tokens.
 
         Args:
             prefilled: The contexts.
@@ -183,25 +184,39 @@ class Reader:
             contexts: The tokens of every row up to the end of the context, padding included.
         """
         compat.restore_cache(prefilled.cache, prefilled.base)
-        padding, past = prefilled.padding, prefilled.width
-        extra = [tokens[past:] for tokens in contexts]
         session = state.session
         kept = session.layers, session.request_state
         try:
-            if not extra[0]:
+            if len(contexts[0]) == prefilled.width:
                 session.restore(state.ended)
             else:
                 session.layers, session.request_state = {}, {}
-                if prefilled.session is None:
-                    self._extend(prefilled.cache, extra, past, None, padding)
-                else:
-                    compat.restore_cache(prefilled.cache, prefilled.empty)
-                    quiet = self._on_states_of(session)
-                    self._extend(prefilled.cache, contexts, 0, quiet, padding, prefilled.chunk)
-                self._end_context(session, prefilled.cache, padding)
+                self._reread(prefilled, session, contexts)
+                self._end_context(session, prefilled.cache, prefilled.padding)
             yield session
         finally:
             session.layers, session.request_state = kept
+
+    def _reread(
+        self, prefilled: Prefilled, session: Session, contexts: Sequence[Sequence[int]]
+    ) -> None:
+        """Bring the cache to the end of other contexts than those that it holds: of the same
+        tokens, but more or less of them.
+        """
+        kv_cache, padding = prefilled.cache, prefilled.padding
+        past, length = prefilled.width, len(contexts[0])
+        sparse = prefilled.session is not None
+        if length > past and not sparse:
+            extra = [tokens[past:] for tokens in contexts]
+            self._extend(kv_cache, extra, past, None, padding)
+        elif not sparse and compat.can_shorten(kv_cache):
+            compat.keep_displaced(kv_cache, prefilled.base, length)
+            compat.shorten_cache(kv_cache, length)
+        else:
+            compat.keep_displaced(kv_cache, prefilled.base, 0)
+            compat.restore_cache(kv_cache, prefilled.empty)
+            quiet = self._on_states_of(session) if sparse else None
+            self._extend(kv_cache, contexts, 0, quiet, padding, prefilled.chunk)
 
     def _now(self) -> float:
         for device in self.devices:
