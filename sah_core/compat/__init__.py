@@ -21,6 +21,13 @@ from sah_core.compat.cache import (
     without_cached,
 )
 from sah_core.compat.capture import Capture
+from sah_core.compat.hidden import (
+    LAST,
+    HiddenStates,
+    draft_layer_count,
+    read_draft_layers,
+    using_draft_layers,
+)
 from sah_core.compat.interface import (
     IMPLEMENTATION,
     attention_configs,
@@ -48,7 +55,9 @@ from sah_core.compat.models import (
 
 __all__ = [
     "IMPLEMENTATION",
+    "LAST",
     "Capture",
+    "HiddenStates",
     "attention_configs",
     "attention_modules",
     "cache_argument",
@@ -61,6 +70,7 @@ __all__ = [
     "check_quantised",
     "check_supported",
     "devices_of",
+    "draft_layer_count",
     "implementation_of",
     "input_device",
     "keep_displaced",
@@ -73,6 +83,7 @@ __all__ = [
     "make_quantised_cache",
     "own_attention",
     "padding_mask",
+    "read_draft_layers",
     "register",
     "repeated_cache",
     "restore_cache",
@@ -82,6 +93,7 @@ __all__ = [
     "snapshot_cache",
     "takes_tokens_back",
     "text_config",
+    "using_draft_layers",
     "vocabulary_size",
     "window_of",
     "without_cached",

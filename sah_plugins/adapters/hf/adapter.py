@@ -5,6 +5,7 @@ pipelines on it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import attrs
@@ -254,7 +255,8 @@ class HuggingFaceAdapter(Writer):
             observers: Objects with observer hooks; only a sparse prefill has something to observe.
             generation_kwargs: What the answers will be asked with; read for the options that say
                 how the context is kept (``cache_implementation``, ``cache_config``,
-                ``max_cache_len``) and read (``prefill_chunk_size``).
+                ``max_cache_len``) and read (``prefill_chunk_size``), and whether drafts start from
+                its hidden states.
         """
         return self.prefill_batch(
             [request],
@@ -295,6 +297,7 @@ class HuggingFaceAdapter(Writer):
         options, chunk = request_options(request_kwargs)
         keeping = Keeping.taken_from(check_options(generation_kwargs, type(self.model).generate))
         chunk = chunk or keeping.chunk
+        hidden = self._hidden_of(generation_kwargs)
         if not requests:
             raise RequestError("there is no request")
         for request in requests:
@@ -327,12 +330,15 @@ class HuggingFaceAdapter(Writer):
         watched = session and self._watched(session, observers)
         empty = compat.snapshot_cache(kv_cache)
         begin = self._now()
-        pieces = [[0] * row.padding + list(row.prompts[0].ids[: row.shared]) for row in rows]
+        pieces = [row.cached for row in rows]
         padding = tuple(row.padding for row in rows)
-        self._extend(kv_cache, pieces, 0, watched, padding, chunk)
+        with hidden.recorded(self.model, kv_cache) if hidden else nullcontext():
+            self._extend(kv_cache, pieces, 0, watched, padding, chunk)
         seconds = self._now() - begin - (watched.observer_seconds if watched else 0.0)
         base = compat.snapshot_cache(kv_cache)
-        return Prefilled(rows, kv_cache, base, seconds, session, empty, chunk, keeping)
+        made = Prefilled(rows, kv_cache, base, seconds, session, empty, chunk, keeping)
+        made.hidden = hidden
+        return made
 
     def answer(
         self,
@@ -405,6 +411,7 @@ class HuggingFaceAdapter(Writer):
                 tokens = len(row.prompts[index].ids)
                 self._check_length(tokens, generation.behind(tokens).new_tokens)
         state = self._state(prefilled, parsed)
+        self._hidden(prefilled, generation.hidden_layers)
         session = self._watched(state.session, observers)
         state = attrs.evolve(state, session=session)
         for row in rows:
@@ -520,7 +527,7 @@ class HuggingFaceAdapter(Writer):
         generation = generation_options(self.model, self.tokenizer, generation_kwargs)
         refuse(self.pipeline, generation, self.model, 1)
         generation.keeping.new_cache(self.model, 1)
-        self._assisted(generation)
+        generation = self._assisted(generation)
         if generation.counts_prompt:
             options, _ = request_options(request_kwargs)
             for request in requests:

@@ -21,7 +21,12 @@ log = logging.getLogger(__name__)
 
 DEFAULT_NEW_TOKENS = 64
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
-OF_THE_CHECKPOINT = ("prompt_lookup_num_tokens", "assistant_early_exit", "guidance_scale")
+OF_THE_CHECKPOINT = (
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+    "guidance_scale",
+)
 """Options that a checkpoint may set and that have to be known here."""
 
 
@@ -41,6 +46,8 @@ class Generation:
         min_length: Least tokens of both, below which no sequence ends; likewise.
         assistant: The model that proposes tokens, or its name, and what goes with it.
         keeping: How the context is to be read and kept.
+        draft_layers: The model's own layers for multi-token prediction, where they propose; not
+            part of the model.
         negative: The negative prompt of guidance, by the names of ``generate``'s arguments.
     """
 
@@ -53,6 +60,7 @@ class Generation:
     min_length: int | None = None
     assistant: Assistant | None = None
     keeping: Keeping = Keeping()
+    draft_layers: Any = None
     negative: dict[str, Any] = attrs.field(factory=dict)
 
     @property
@@ -69,6 +77,21 @@ class Generation:
     def assisted(self) -> bool:
         """Whether several proposed tokens are verified in one pass."""
         return self.assistant is not None or any(self.options.get(name) for name in ASSISTED)
+
+    @property
+    def predicts_ahead(self) -> bool:
+        """Whether the model's layers for multi-token prediction propose; transformers asks them
+        after the model's first layers and after the prompt.
+        """
+        before = ("assistant_early_exit", "prompt_lookup_num_tokens")
+        return bool(self.options.get("use_mtp")) and all(
+            self.options.get(name) is None for name in before
+        )
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """Layers whose hidden states of the whole prompt proposals start from."""
+        return (compat.LAST,) if self.predicts_ahead else ()
 
     @property
     def guided(self) -> bool:

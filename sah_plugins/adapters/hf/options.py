@@ -34,7 +34,6 @@ REFUSED = {
     "num_beam_groups": HUB_CODE,
     "diversity_penalty": HUB_CODE,
     "trust_remote_code": HUB_CODE,
-    "use_mtp": DRAFT_LAYERS,
     "speculation_type": DRAFT_LAYERS,
     "is_assistant": "transformers sets it itself, for an assistant",
     "continuous_batching_config": "process_requests makes the batches",
@@ -62,7 +61,7 @@ WITHOUT_EFFECT = {
 """Options that choose time and memory, and are not followed: a warning says why."""
 OWN = ("seed", "tokenizer", "assistant_tokenizer")
 """Options beside those of ``generate`` and of a generation config."""
-ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 """Options each of which asks for decoding that verifies proposed tokens."""
 DRAFTING = (
     "num_assistant_tokens",
@@ -158,7 +157,7 @@ def check_options(
             options.pop(name, None)
         elif isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ParameterError("generation", name, value, f"an integer >= {least}")
-    for name in ("do_sample", "return_dict_in_generate", *RECORDED):
+    for name in ("do_sample", "return_dict_in_generate", "use_mtp", *RECORDED):
         if not isinstance(options.get(name) or False, bool):
             raise ParameterError("generation", name, options[name], "true or false")
     check_together(options)
@@ -277,7 +276,7 @@ def check_together(options: Mapping[str, Any]) -> None:
         raise RequestError(
             f"num_return_sequences={wanted} needs do_sample=True, or as many num_beams"
         )
-    assisting = [name for name in ASSISTED if options.get(name) is not None]
+    assisting = [name for name in ASSISTED if asks(options.get(name))]
     if len(assisting) > 1:
         raise RequestError(f"{assisting[0]} and {assisting[1]} exclude each other")
     for name in (*DRAFTING, "assistant_tokenizer"):
@@ -295,12 +294,22 @@ def check_together(options: Mapping[str, Any]) -> None:
             f"{assisting[0]} does not go together with cache_implementation='quantized': a "
             "quantised cache cannot take rejected tokens back"
         )
+    if "use_mtp" in assisting and options.get("output_hidden_states"):
+        raise RequestError(
+            "use_mtp does not go together with output_hidden_states: the model then returns those "
+            "of its last layer alone, from which it drafts"
+        )
     if options.get("streamer") is not None and beams > 1:
         raise RequestError("streamer does not go together with num_beams: beams end all at once")
     if not options.get("return_dict_in_generate"):
         for name in RECORDED:
             if options.get(name):
                 raise RequestError(f"{name} needs return_dict_in_generate=True")
+
+
+def asks(value: Any) -> bool:
+    """Whether the value of an option asks for something."""
+    return value is not None and value is not False
 
 
 def _is_number(value: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from sah_core import Request
+from sah_core import Request, compat
 from sah_core.attention import Session, Snapshot
 from sah_core.errors import RequestError, short_repr
 
@@ -46,6 +46,11 @@ class Row:
     shared: int
     padding: int = 0
 
+    @property
+    def cached(self) -> list[int]:
+        """What the cache holds of it, 0 for padding."""
+        return [0] * self.padding + list(self.prompts[0].ids[: self.shared])
+
 
 @attrs.define
 class Prefilled:
@@ -62,6 +67,7 @@ class Prefilled:
         chunk: Tokens per pass of the prefill; all at once when None.
         keeping: How the cache keeps the contexts.
         states: States built on the contexts, per pipeline.
+        hidden: Hidden states of the contexts, where proposals have asked for them.
     """
 
     rows: tuple[Row, ...]
@@ -73,6 +79,7 @@ class Prefilled:
     chunk: int | None = None
     keeping: Keeping = Keeping()
     states: dict[str, ContextState] = attrs.field(factory=dict)
+    hidden: compat.HiddenStates | None = None
 
     @property
     def request(self) -> Request:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import attrs
 import torch
 
 from sah_core import Allowed, Inputs, Pipeline, compat
@@ -29,6 +30,7 @@ class Reader:
         self.tokenizer: Any = loaded.tokenizer
         self.layer_types = compat.layer_types(self.model)
         self._assistants: dict[str, Loaded] = {}
+        self._draft_layers: Any = None
         self.devices = compat.devices_of(self.model)
         self._cache_argument = compat.cache_argument(type(self.model).forward)
 
@@ -86,6 +88,24 @@ class Reader:
         seconds = self._now() - begin if keeps else 0.0
         prefilled.states[key] = ContextState(session, session.snapshot(), seconds)
         return prefilled.states[key]
+
+    def _hidden(self, prefilled: Prefilled, layers: tuple[int, ...]) -> compat.HiddenStates | None:
+        """Hidden states of the contexts at some layers, None for no layers; contexts whose prefill
+        has not kept them are read once more.
+        """
+        if not layers:
+            return None
+        if prefilled.hidden is None or prefilled.hidden.layers != layers:
+            session = prefilled.session
+            fresh = session and Session(session.pipeline, self.layer_types)
+            hidden = compat.HiddenStates(layers)
+            compat.restore_cache(prefilled.cache, prefilled.empty)
+            with hidden.recorded(self.model, prefilled.cache):
+                pieces = [row.cached for row in prefilled.rows]
+                padding, chunk = prefilled.padding, prefilled.chunk
+                self._extend(prefilled.cache, pieces, 0, fresh, padding, chunk)
+            prefilled.hidden = hidden
+        return attrs.evolve(prefilled.hidden)
 
     def _end_context(self, session: Session, kv_cache: Any, padding: Sequence[int] = ()) -> None:
         """Tell the states that the cache holds the context and nothing else."""
@@ -169,6 +189,7 @@ class Reader:
         prefilled: Prefilled,
         state: ContextState,
         contexts: Sequence[Sequence[int]],
+        hidden: compat.HiddenStates | None = None,
     ) -> Iterator[Session]:
         """Cache and states at the end of the contexts of some prompts.
 
@@ -182,16 +203,19 @@ class Reader:
             prefilled: The contexts.
             state: The pipeline's state over them.
             contexts: The tokens of every row up to the end of the context, padding included.
+            hidden: Hidden states of the contexts; those of what is read here join them.
         """
         compat.restore_cache(prefilled.cache, prefilled.base)
         session = state.session
         kept = session.layers, session.request_state
+        recorded = hidden.recorded(self.model, prefilled.cache) if hidden else nullcontext()
         try:
             if len(contexts[0]) == prefilled.width:
                 session.restore(state.ended)
             else:
                 session.layers, session.request_state = {}, {}
-                self._reread(prefilled, session, contexts)
+                with recorded:
+                    self._reread(prefilled, session, contexts)
                 self._end_context(session, prefilled.cache, prefilled.padding)
             yield session
         finally:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,8 @@ from sah_core.selection import overflow_rows
 
 from .answers import answer_detail, new_tokens, row_of
 from .assistants import with_assistant
-from .generation import Generation, Watch, negative_prompt, seeded
+from .generation import Generation, Watch, generation_options, negative_prompt, seeded
+from .gguf import quiet_transformers
 from .prefilled import ContextState, Prefilled
 from .reader import Reader
 from .rounds import Round
@@ -47,8 +48,29 @@ class Writer(Reader):
     """A loaded model that answers questions and scores texts behind contexts."""
 
     def _assisted(self, generation: Generation) -> Generation:
-        """The generation with its assistant loaded."""
-        return with_assistant(generation, self.model, self.tokenizer, self._assistants)
+        """The generation with its assistant, or the model's layers for drafts, loaded."""
+        generation = with_assistant(generation, self.model, self.tokenizer, self._assistants)
+        if not generation.predicts_ahead:
+            return generation
+        if not compat.draft_layer_count(self.model):
+            raise RequestError(
+                f"generation option 'use_mtp' is not supported with {type(self.model).__name__}: "
+                "its configuration has no layers for multi-token prediction (num_mtp_layers)"
+            )
+        if self._draft_layers is None:
+            with quiet_transformers():
+                self._draft_layers = compat.read_draft_layers(self.model)
+        return attrs.evolve(generation, draft_layers=self._draft_layers)
+
+    def _hidden_of(self, generation_kwargs: Mapping[str, Any] | None) -> compat.HiddenStates | None:
+        """What is to keep the hidden states of a context for a generation that starts from them;
+        None for one that does not, or is not known yet.
+        """
+        if generation_kwargs is None:
+            return None
+        generation = generation_options(self.model, self.tokenizer, generation_kwargs)
+        layers = self._assisted(generation).hidden_layers
+        return compat.HiddenStates(layers) if layers else None
 
     def _generate(
         self,
@@ -112,8 +134,9 @@ class Writer(Reader):
         beams = generation.beams > 1
         idle = () if beams else together.idle
         watch = Watch(elapsed, generation.stops, idle, length=ids.shape[1], beams=beams)
+        hidden = self._hidden(prefilled, generation.hidden_layers)
         with (
-            self._resumed(prefilled, state, contexts) as session,
+            self._resumed(prefilled, state, contexts, hidden) as session,
             use(self.model, session),
             compat.left_padding(padding),
         ):
@@ -121,7 +144,10 @@ class Writer(Reader):
             kv_cache = prefilled.cache
             if beams:
                 kv_cache = compat.repeated_cache(kv_cache, generation.beams)
-            with self._beside(session.pipeline, generation, kv_cache, ids.shape[1]):
+            with (
+                self._beside(session.pipeline, generation, kv_cache, ids.shape[1]),
+                hidden.handed_out(self.model, kv_cache) if hidden else nullcontext(),
+            ):
                 output = self.model.generate(
                     ids,
                     attention_mask=real,
@@ -144,7 +170,8 @@ class Writer(Reader):
         self, pipeline: Pipeline, generation: Generation, kv_cache: Any, length: int
     ) -> Iterator[None]:
         """What runs beside the answer while it is generated: the unconditional branch of guidance
-        and the model as its own assistant get sessions of their own.
+        and the model as its own assistant get sessions of their own; layers for drafts, which are
+        not the model's, need none.
 
         Args:
             pipeline: What the answer runs.
@@ -161,6 +188,9 @@ class Writer(Reader):
                 stack.enter_context(compat.without_cached(self.model, kv_cache, length))
             if generation.assistant is not None:
                 stack.enter_context(generation.assistant.drafting(self.model))
+            if generation.draft_layers is not None:
+                layers = generation.draft_layers
+                stack.enter_context(compat.using_draft_layers(self.model, layers))
             yield
 
     def _score(
