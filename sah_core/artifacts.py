@@ -10,7 +10,6 @@ command line makes them with the tools that the masker's class offers:
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import attrs
 
 from sah_core.errors import ArtifactError
+from sah_core.hashing import file_sha256
 from sah_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -88,12 +88,7 @@ def read_once(path: str | Path, reader: Callable[[Path], T]) -> T:
 
 def content_hash(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal digits."""
-    return read_once(path, _digest)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(require_file(Path(path).expanduser()))
 
 
 @attrs.frozen(kw_only=True, eq=False)

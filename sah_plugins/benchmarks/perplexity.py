@@ -31,6 +31,7 @@ from sah_core.benchmark import (
     Tokenizer,
 )
 from sah_core.errors import ParameterError
+from sah_core.hashing import text_id
 from sah_core.parameters import param
 from sah_core.requests import Likelihood
 from sah_plugins.text.draws import Draws
@@ -179,9 +180,8 @@ class Perplexity(Benchmark):
 
     def revision(self) -> str:
         """Return the generator's version and the hash of the text."""
-        import hashlib
 
-        digest = hashlib.sha256(" ".join(self._words).encode()).hexdigest()[:16]
+        digest = text_id(" ".join(self._words))
         return f"perplexity-{_GENERATOR}-{digest}"
 
 

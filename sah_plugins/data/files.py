@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import sys
@@ -123,11 +122,6 @@ def count_rows(path: Path, owner: str) -> int:
     return _counted(path, owner, *_version(path))
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, as hexadecimal digits."""
-    return _hashed(path, *_version(path))
-
-
 def _version(path: Path) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
@@ -147,12 +141,6 @@ def _counted(path: Path, owner: str, size: int, changed: int) -> int:
         with path.open("rb") as file:
             return sum(1 for line in file if line.strip())
     return sum(1 for _ in rows_of(path, owner))
-
-
-@lru_cache(maxsize=256)
-def _hashed(path: Path, size: int, changed: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _mapping(value: object, where: str, path: Path, owner: str) -> Row:

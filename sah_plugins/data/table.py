@@ -13,9 +13,10 @@ import attrs
 
 from sah_core.benchmark import DataSource
 from sah_core.errors import DataError, short_repr
+from sah_core.hashing import file_sha256
 
 from . import hub
-from .files import READERS, Row, count_rows, file_digest, rows_of
+from .files import READERS, Row, count_rows, rows_of
 
 LOCK = "sah-data.json"
 """Beside fetched data: from which commit each file came, and its hash."""
@@ -123,7 +124,7 @@ class LocalTable(Table):
     @property
     def revision(self) -> str:
         """The commit from which the files were fetched, or else the hash of their content."""
-        digests = [file_digest(path) for path in self.files]
+        digests = [file_sha256(path) for path in self.files]
         fetched = fetched_from(self.files[0]) if len(self.files) == 1 else None
         if fetched and fetched["sha256"] == digests[0]:
             return f"{fetched['hub']}@{fetched['revision']}"
@@ -256,7 +257,7 @@ def _note(folder: Path, path: Path, table: HubTable) -> None:
         "split": source.split,
         "revision": table.commit,
         "rows": len(table),
-        "sha256": file_digest(path),
+        "sha256": file_sha256(path),
     }
     temporary = lock.with_suffix(".part")
     temporary.write_text(json.dumps(noted, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -9,8 +9,8 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from sah_core import ModelNotFoundError, OutputFolderError
-from sah_plugins.adapters.hf import cache, gguf
+from sah_core import ModelNotFoundError, OutputFolderError, hashing
+from sah_plugins.adapters.hf import gguf
 
 
 @pytest.fixture
@@ -205,23 +205,6 @@ def test_a_file_that_is_no_gguf_is_one_line(cache_folder, source):
 
 
 @pytest.mark.unit
-def test_a_hash_is_remembered_until_the_file_changes(cache_folder, source, monkeypatch):
-    first = cache.file_sha256(source)
-    with monkeypatch.context() as patch:
-        patch.setattr(cache, "sha256_of", lambda path: pytest.fail("read again"))
-        assert cache.file_sha256(source) == first
-    source.write_bytes(b"other bytes")
-    assert cache.file_sha256(source) != first
-
-
-@pytest.mark.unit
-def test_hashing_works_without_a_cache_folder(tmp_path, source, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("SAH_CACHE_DIR", str(tmp_path / "file"))
-    assert cache.file_sha256(source) == cache.sha256_of(source)
-
-
-@pytest.mark.unit
 def test_transformers_is_as_loud_after_loading_as_before():
     from transformers.utils import logging
 
@@ -294,5 +277,5 @@ def test_a_fresh_process_loads_the_converted_model_without_a_word(smollm2):
         text=True,
         check=False,
     )
-    assert result.stdout.split() == [cache.sha256_of(path), "torch.float32", "False"]
+    assert result.stdout.split() == [hashing.sha256_of(path), "torch.float32", "False"]
     assert result.stderr == ""

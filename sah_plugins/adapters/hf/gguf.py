@@ -19,9 +19,8 @@ from typing import Any
 from filelock import FileLock
 
 from sah_core.errors import ModelNotFoundError, OutputFolderError
+from sah_core.hashing import file_sha256, sha256_of
 from sah_core.models import cache_folder
-
-from .cache import file_sha256, sha256_of
 
 _CONVERTER = 1
 """Changes whenever the same GGUF would be written differently."""

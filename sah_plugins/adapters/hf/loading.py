@@ -21,9 +21,9 @@ from sah_core.errors import (
     UnknownParameterError,
     nearest_names,
 )
+from sah_core.hashing import file_sha256, files_sha256
 from sah_core.models import ModelSource
 
-from .cache import file_sha256, files_sha256
 from .gguf import converted_folder, quiet_transformers, unreadable
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ peers' data has them, every answer to code_run is wrong).
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +26,7 @@ import attrs
 from sah_core import hookimpl
 from sah_core.benchmark import Benchmark, DataSource, Example, Protocol, TaskInfo, mean
 from sah_core.errors import DataError, short_repr
+from sah_core.hashing import text_id
 from sah_core.parameters import param
 from sah_plugins.data.benchmark import TableBenchmark, texts
 from sah_plugins.data.files import Row
@@ -122,7 +122,7 @@ class InfiniteBench(TableBenchmark):
             question, answer_prefix = answer_prefix, ""
         yield Example(
             id=f"{task}-{index}",
-            context_id=hashlib.sha256(context.encode()).hexdigest()[:16],
+            context_id=text_id(context),
             context=context,
             question=question,
             answer_prefix=answer_prefix,

@@ -13,7 +13,6 @@ where the official code fails and takes 0.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -30,6 +29,7 @@ from sah_core.benchmark import (
     TaskInfo,
     mean,
 )
+from sah_core.hashing import text_id
 from sah_core.parameters import param
 from sah_plugins.data.benchmark import TableBenchmark, texts
 from sah_plugins.data.files import Row
@@ -101,7 +101,7 @@ class LongBench(TableBenchmark):
             facts["all_classes"] = list(row["all_classes"])
         yield Example(
             id=str(row["_id"]),
-            context_id=hashlib.sha256(context.encode()).hexdigest()[:16],
+            context_id=text_id(context),
             context=context,
             question=tail.replace("{input}", str(row["input"])),
             references=texts(row["answers"]),

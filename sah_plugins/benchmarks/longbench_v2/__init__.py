@@ -11,7 +11,6 @@ never the question.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from sah_core.benchmark import (
     TaskInfo,
     mean,
 )
+from sah_core.hashing import text_id
 from sah_core.parameters import param
 from sah_plugins.data.benchmark import TableBenchmark
 from sah_plugins.data.files import Row
@@ -106,7 +106,7 @@ class LongBenchV2(TableBenchmark):
         facts = {name: row.get(name) for name in ("domain", "sub_domain", "difficulty", "length")}
         yield Example(
             id=str(row["_id"]),
-            context_id=hashlib.sha256(context.encode()).hexdigest()[:16],
+            context_id=text_id(context),
             context=context,
             question=tail,
             references=(str(row["answer"]),),

@@ -14,7 +14,6 @@ out. Neither data nor answers are ever run as code. Metrics differ from the offi
 from __future__ import annotations
 
 import ast
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from sah_core.benchmark import (
     mean,
 )
 from sah_core.errors import DataError, MissingLibraryError, short_repr
+from sah_core.hashing import text_id
 from sah_core.parameters import param
 from sah_plugins.data.benchmark import TableBenchmark
 from sah_plugins.data.files import Row
@@ -125,7 +125,7 @@ class Loogle(TableBenchmark):
             facts = {"masks": len(json.loads(references[0]))} if task == CLOZE else {}
             yield Example(
                 id=f"{task}-{index}-{number}",
-                context_id=hashlib.sha256(context.encode()).hexdigest()[:16],
+                context_id=text_id(context),
                 context=context,
                 question=tail.replace("{Q}", question),
                 references=references,

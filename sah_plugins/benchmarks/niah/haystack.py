@@ -1,9 +1,8 @@
 """Haystacks: the text that needles are hidden in, as units between which a needle can lie."""
 
-import hashlib
-
 import attrs
 
+from sah_core.hashing import text_id
 from sah_plugins.text.draws import Draws
 from sah_plugins.text.essays import essay_sentences
 
@@ -24,7 +23,7 @@ class Haystack:
     @property
     def digest(self) -> str:
         """The SHA-256 of the text, as 16 hexadecimal digits."""
-        return hashlib.sha256("\n".join(self.units).encode()).hexdigest()[:16]
+        return text_id("\n".join(self.units))
 
     def draw_start(self, draws: Draws) -> int:
         """Return the unit that a context begins with."""

@@ -1,6 +1,5 @@
 """Documents and questions for qa: our own, or files in the schema of SQuAD or of HotpotQA."""
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import attrs
 
 from sah_core.errors import ParameterError
+from sah_core.hashing import text_id
 
 Form = Literal["squad", "hotpot"]
 
@@ -48,7 +48,7 @@ class QuestionSet:
     def digest(self) -> str:
         """The SHA-256 of all documents and questions, as 16 hexadecimal digits."""
         content = json.dumps([self.documents, [attrs.astuple(q) for q in self.questions]])
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
+        return text_id(content)
 
 
 def read_questions(parameter: str, path: str, form: Form) -> QuestionSet:

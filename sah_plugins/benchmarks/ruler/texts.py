@@ -1,6 +1,5 @@
 """What the tasks draw on: an essay, words, and documents with questions."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -8,6 +7,7 @@ from functools import cached_property
 
 import attrs
 
+from sah_core.hashing import text_id
 from sah_plugins.text.essays import essay_sentences, essay_text
 from sah_plugins.text.splitting import Splitter, find_splitter
 
@@ -127,4 +127,4 @@ class Texts:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return text_id(text)

@@ -1,6 +1,5 @@
 """The words that RULER draws keys and lists from: those of the package ``wonderwords``."""
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import overload
 
 from sah_core.errors import MissingLibraryError, ParameterError
+from sah_core.hashing import text_id
 
 _NAMES = ("noun", "adjective", "verb")
 
@@ -122,7 +122,7 @@ def extra_words(words_path: str) -> tuple[str, ...]:
 def words_digest() -> str:
     """Return the SHA-256 of the package's lists, as 16 hexadecimal digits."""
     content = json.dumps([_listed(name) for name in _NAMES])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return text_id(content)
 
 
 def _listed(name: str) -> list[str]:

@@ -15,7 +15,6 @@ explanation, without the cue at the end, except where nothing but the cue follow
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from sah_core.benchmark import (
     mean,
 )
 from sah_core.errors import DataError, ParameterError, RequestError
+from sah_core.hashing import text_id
 from sah_core.parameters import param
 from sah_plugins.data.benchmark import TableBenchmark
 from sah_plugins.data.files import Row
@@ -154,7 +154,7 @@ class ZeroScrolls(TableBenchmark):
         context, question = self._cut(task, prompt, tokenizer)
         return Example(
             id=name,
-            context_id=hashlib.sha256(context.encode()).hexdigest()[:16],
+            context_id=text_id(context),
             context=context,
             question=question,
             references=references,

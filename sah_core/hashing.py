@@ -1,4 +1,4 @@
-"""File hashes that are remembered in the cache folder."""
+"""Names by content: of files, remembered in the cache folder, and of texts."""
 
 import hashlib
 import os
@@ -42,6 +42,11 @@ def files_sha256(files: Sequence[Path]) -> str:
     for path in sorted(files, key=lambda path: path.name):
         whole.update(f"{path.name} {file_sha256(path)}\n".encode())
     return whole.hexdigest()
+
+
+def text_id(text: str) -> str:
+    """Return a short name of a text by its content: 16 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _write_atomically(path: Path, text: str) -> None:
