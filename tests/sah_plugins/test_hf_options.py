@@ -95,7 +95,6 @@ SAMPLES = {
     "penalty_alpha": (0.6,),
     "num_beam_groups": (2,),
     "diversity_penalty": (0.5,),
-    "speculation_type": ("dflash",),
     "continuous_batching_config": ({},),
 }
 

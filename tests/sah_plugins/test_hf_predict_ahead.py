@@ -268,7 +268,7 @@ def test_the_layers_for_drafts_run_dense_and_are_read_once(predicting, drafted, 
         made, _, _ = layers(
             input_ids=ids,
             last_hidden_states=states,
-            attention_mask=None,
+            attention_mask=torch.ones_like(ids),
             position_ids=position,
             mtp_cache=MtpCache(config=layers.config),
         )

@@ -25,6 +25,7 @@ OF_THE_CHECKPOINT = (
     "prompt_lookup_num_tokens",
     "assistant_early_exit",
     "use_mtp",
+    "speculation_type",
     "guidance_scale",
 )
 """Options that a checkpoint may set and that have to be known here."""
@@ -83,14 +84,30 @@ class Generation:
         """Whether the model's layers for multi-token prediction propose; transformers asks them
         after the model's first layers and after the prompt.
         """
-        before = ("assistant_early_exit", "prompt_lookup_num_tokens")
-        return bool(self.options.get("use_mtp")) and all(
-            self.options.get(name) is None for name in before
+        return bool(self.options.get("use_mtp")) and not self._asks_others_first
+
+    @property
+    def drafts_blocks(self) -> bool:
+        """Whether the assistant drafts blocks from hidden states of the model (DFlash)."""
+        return (
+            self.options.get("speculation_type") is not None
+            and self.assistant is not None
+            and not self.options.get("use_mtp")
+            and not self._asks_others_first
         )
 
     @property
+    def _asks_others_first(self) -> bool:
+        before = ("assistant_early_exit", "prompt_lookup_num_tokens")
+        return self.beams > 1 or any(self.options.get(name) is not None for name in before)
+
+    @property
     def hidden_layers(self) -> tuple[int, ...]:
-        """Layers whose hidden states of the whole prompt proposals start from."""
+        """Layers whose hidden states of the whole prompt proposals start from; the assistant has to
+        be loaded.
+        """
+        if self.assistant is not None and self.drafts_blocks:
+            return tuple(self.assistant.model.config.target_layer_ids)
         return (compat.LAST,) if self.predicts_ahead else ()
 
     @property
@@ -144,7 +161,10 @@ class Assistant:
         is gone afterwards, so that no question depends on those before it.
         """
         model = target if self.model is None else self.model
-        before = model.generation_config
+        before = getattr(model, "generation_config", None)
+        if before is None:
+            yield
+            return
         model.generation_config = copy.deepcopy(before)
         model.generation_config.update(**self.settings)
         try:

@@ -95,6 +95,33 @@ def load_model(
         return _load(name, dict(model_kwargs or {}), dict(tokenizer_kwargs or {}), device, dtype)
 
 
+def load_drafter(name: str, *, device: "torch.device", dtype: "torch.dtype") -> Any:
+    """Load a model that drafts for another one and speaks its tokens: without head or tokenizer.
+
+    Args:
+        name: a local folder, a hub id or an alias.
+        device: where the model goes.
+        dtype: of the weights.
+
+    Raises:
+        ModelNotFoundError: the name leads to no model that transformers can load.
+    """
+    from transformers import AutoModel
+
+    source = resolve(name)
+    kwargs: dict[str, Any] = {"dtype": dtype, "revision": source.revision}
+    if source.kind != "hub" or not hub_in_reach():
+        kwargs["local_files_only"] = True
+    try:
+        with quiet_transformers():
+            model = AutoModel.from_pretrained(source.location, **kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if source.kind == "hub" and isinstance(error, OSError):
+            raise _absent_from_hub(name, kwargs, error) from error
+        raise unreadable(name, error) from error
+    return model.to(device).eval()
+
+
 def _load(
     name: str,
     model_kwargs: dict[str, Any],

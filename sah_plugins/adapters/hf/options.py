@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 OWN_CACHE = "the context is read once, into a cache that the adapter makes"
 REQUEST = "the request holds the prompt"
 HUB_CODE = "transformers runs it with code from the hub only, and no remote code is run"
-DRAFT_LAYERS = "drafts by layers that only a few models have are not known here"
 REFUSED = {
     "token_healing": "it takes the whole prompt apart and tokenises it anew, without its special "
     "tokens, so that the context would not be the one that was read",
@@ -34,7 +33,6 @@ REFUSED = {
     "num_beam_groups": HUB_CODE,
     "diversity_penalty": HUB_CODE,
     "trust_remote_code": HUB_CODE,
-    "speculation_type": DRAFT_LAYERS,
     "is_assistant": "transformers sets it itself, for an assistant",
     "continuous_batching_config": "process_requests makes the batches",
     "synced_gpus": "a model runs in one process",
@@ -294,10 +292,20 @@ def check_together(options: Mapping[str, Any]) -> None:
             f"{assisting[0]} does not go together with cache_implementation='quantized': a "
             "quantised cache cannot take rejected tokens back"
         )
-    if "use_mtp" in assisting and options.get("output_hidden_states"):
+    by_blocks = asks(options.get("speculation_type"))
+    if by_blocks and options.get("assistant_model") is None:
+        raise RequestError("speculation_type needs an assistant_model")
+    for name in (*DRAFTING, "assistant_tokenizer"):
+        if by_blocks and options.get(name) is not None:
+            raise RequestError(
+                f"{name} does not go together with speculation_type: the assistant drafts blocks "
+                "of its own size, in the model's tokens"
+            )
+    from_states = "use_mtp" if "use_mtp" in assisting else "speculation_type"
+    if asks(options.get(from_states)) and options.get("output_hidden_states"):
         raise RequestError(
-            "use_mtp does not go together with output_hidden_states: the model then returns those "
-            "of its last layer alone, from which it drafts"
+            f"{from_states} does not go together with output_hidden_states: the model then returns "
+            "those of the layers alone from which drafts are made"
         )
     if options.get("streamer") is not None and beams > 1:
         raise RequestError("streamer does not go together with num_beams: beams end all at once")
@@ -359,9 +367,10 @@ FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "an object with the methods put and end",
     ),
     "assistant_model": (
-        lambda value: isinstance(value, str) or hasattr(value, "generation_config"),
+        lambda value: isinstance(value, str) or (hasattr(value, "config") and callable(value)),
         "a model or the name of one",
     ),
+    "speculation_type": (lambda value: value == "dflash", "'dflash'"),
     "cache_implementation": (
         lambda value: isinstance(value, str) and value in IMPLEMENTATIONS,
         f"one of {', '.join(IMPLEMENTATIONS)}",

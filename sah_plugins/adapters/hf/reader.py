@@ -29,7 +29,7 @@ class Reader:
         compat.keep_softcap(self.model)
         self.tokenizer: Any = loaded.tokenizer
         self.layer_types = compat.layer_types(self.model)
-        self._assistants: dict[str, Loaded] = {}
+        self._assistants: dict[str, tuple[Any, Any]] = {}
         self._draft_layers: Any = None
         self.devices = compat.devices_of(self.model)
         self._cache_argument = compat.cache_argument(type(self.model).forward)
