@@ -283,12 +283,15 @@ def _answer(pipeline: Pipeline, index: int, detail: AnswerDetail, **measured: An
 
 
 def first_difference(dense: AnswerDetail, here: AnswerDetail) -> Difference | None:
-    """Where an answer leaves the dense one; None if it does not."""
-    if dense.token_ids == here.token_ids:
+    """Where an answer leaves the dense one, at the latest where it heals the prompt's end
+    otherwise; None if it does not.
+    """
+    healed_alike = dense.healed_token == here.healed_token
+    if healed_alike and dense.token_ids == here.token_ids:
         return None
     pairs = zip(dense.token_ids, here.token_ids, strict=False)
     shorter = min(len(dense.token_ids), len(here.token_ids))
-    token = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
+    token = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter) if healed_alike else 0
     common = commonprefix([dense.text, here.text])
     return Difference(
         token=token,

@@ -177,8 +177,9 @@ class AnswerDetail:
     """How one answer came about.
 
     Attributes:
-        text: The generated text, answer prefix not included, special tokens removed.
-        token_ids: The generated tokens, the ending EOS included.
+        text: The generated text, answer prefix not included, special tokens removed. What a healed
+            token adds to the prompt is its beginning.
+        token_ids: The generated tokens, the ending EOS included; a healed token is the prompt's.
         prompt_tokens: Tokens of the whole prompt.
         context_tokens: Those of them that were prefilled as context.
         new_tokens: Generated tokens.
@@ -196,6 +197,8 @@ class AnswerDetail:
             ``max_size`` gave them; like the times, of all contexts and sequences together.
         outputs: What ``generate`` itself returned about this question, per draw, where
             ``return_dict_in_generate`` asked for it: scores, logits, hidden states; not the cache.
+        healed_token: The token that was chosen in the place of the prompt's last one (the option
+            ``token_healing``); None where that has stayed.
         likelihood: Not None where a given text was predicted in place of an answer: the text is
             then empty and ``token_ids`` are those predicted.
     """
@@ -215,6 +218,7 @@ class AnswerDetail:
     batch: int = 1
     overflow_rows: int = 0
     outputs: tuple[Any, ...] = attrs.field(default=(), repr=False, eq=False)
+    healed_token: int | None = None
     likelihood: Likelihood | None = None
 
     @property

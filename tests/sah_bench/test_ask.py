@@ -149,7 +149,7 @@ def test_bad_input_is_one_line(fakes, tmp_path, monkeypatch, arguments, options,
         assert not fakes.FakeAdapter.calls  # nothing was loaded for it
 
 
-def detail(text, *tokens):
+def detail(text, *tokens, healed=None):
     return AnswerDetail(
         text=text,
         token_ids=tokens,
@@ -159,7 +159,14 @@ def detail(text, *tokens):
         seconds_prefill=1.0,
         seconds_decode=1.0,
         finished="eos",
+        healed_token=healed,
     )
+
+
+def test_two_answers_part_at_once_where_they_heal_the_prompt_otherwise():
+    dense, here = detail("//x y", 1, 2, healed=7), detail(" y", 1, 2)
+    assert first_difference(dense, here) == Difference(token=0, before="", dense="//x y", here=" y")
+    assert first_difference(dense, dense) is None
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,6 @@ def test_an_end_at_which_a_stop_string_ends_too_counts_as_eos(make):
         ({"temprature": 1.0}, "'temprature' is not known; did you mean 'temperature'?"),
         ({"nonsense": 1}, "'nonsense' is not known"),
         ({"past_key_values": ()}, "a cache that the adapter makes"),
-        ({"token_healing": True}, "tokenises it anew"),
         ({"num_return_sequences": 2}, "needs do_sample=True"),
         ({"num_return_sequences": 4, "num_beams": 3}, "or as many num_beams"),
         ({"num_return_sequences": 4, "num_beams": 3, "do_sample": True}, "as many num_beams"),

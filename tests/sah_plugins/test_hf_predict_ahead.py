@@ -355,3 +355,13 @@ def test_what_does_not_go_together_with_drafts_is_found_without_a_model(options,
     with pytest.raises((RequestError, ParameterError), match=message):
         HuggingFaceAdapter.check_generation({"use_mtp": True, **options})
     HuggingFaceAdapter.check_generation({"use_mtp": False, "num_beams": 2})
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES[:3])
+def test_drafts_start_from_a_healed_prompt(predicting, pipeline):
+    adapter, questions = predicting(pipeline), ("so a", "Ia", "b a", "is it so. \n")
+    healed = answers(adapter, {"token_healing": True}, questions)
+    drafting = answers(adapter, {"token_healing": True, "use_mtp": True}, questions)
+    for one, other in zip(healed, drafting, strict=True):
+        assert (one.healed_token, one.token_ids) == (other.healed_token, other.token_ids)
+    assert any(detail.healed_token is not None for detail in healed)

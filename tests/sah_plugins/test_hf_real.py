@@ -50,6 +50,33 @@ def test_the_context_is_read_with_smollm2s_own_template_and_without_bos(adapter)
 
 
 @pytest.mark.usefixtures("real_model")
+@pytest.mark.parametrize(
+    ("context", "question"),
+    [
+        ('The link is <a href="http', ":"),
+        ("I read a book", " about \n"),
+        ("The capital of", " France is Par"),
+        ("x = [1, 2, 3", "]."),
+        ("", "print("),
+        ("def main", "():\n"),
+        ("He said:", ' "I am hap'),
+        ("<ul><li", ">a</"),
+    ],
+)
+def test_prompts_are_healed_as_by_transformers_alone(adapter, context, question):
+    tokenizer, text = adapter.tokenizer, context + question
+    options = {"max_new_tokens": 5, "token_healing": True}
+    request = Request(context=context, questions=question, separator="", chat=False)
+    [detail] = adapter.process_request(request, options).details
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    [whole] = adapter.model.generate(ids, tokenizer=tokenizer, pad_token_id=2, **options).tolist()
+    assert detail.token_ids == tuple(whole[-detail.new_tokens :])
+    assert detail.prompt_tokens == len(whole) - detail.new_tokens
+    assert tokenizer.decode(whole) == text.rstrip() + detail.text
+    assert (detail.healed_token is not None) == (question == ":")
+
+
+@pytest.mark.usefixtures("real_model")
 def test_a_needle_is_found_densely_and_by_the_oracle_but_not_in_a_window(adapter):
     niah = registry.benchmarks["niah"](lengths=[1024], depths=[40], max_new_tokens=12)
     example = next(niah.examples(niah.tasks()[0], adapter.tokenizer, 0))

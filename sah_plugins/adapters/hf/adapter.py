@@ -20,14 +20,14 @@ from sah_core.requests import AnswerDetail, Likelihood
 
 from .captured import CapturedDecode
 from .generation import Generation, generation_options
+from .healing import Healer
 from .kv_cache import Keeping
 from .loading import Loaded, check_name, load_model
 from .options import check_options, merged
 from .prefilled import Prefilled, check_alone, check_questions, padded_rows, same_lengths
-from .prompts import build_prompts
+from .prompts import build_prompts, stripped
 from .refusals import refuse
 from .rounds import rounds
-from .writer import Writer
 
 ROOM = 256
 """Tokens of cache taken ahead for generation."""
@@ -36,7 +36,7 @@ BATCH_SIZE = 8
 """Contexts that `process_requests` reads together unless it is told otherwise."""
 
 
-class HuggingFaceAdapter(Writer):
+class HuggingFaceAdapter(Healer):
     """A transformers causal language model with a pipeline attached.
 
     Args:
@@ -407,11 +407,17 @@ class HuggingFaceAdapter(Writer):
             )
         for row, chosen in zip(rows, asked, strict=True):
             check_questions(row, chosen)
+        if generation.heals:
+            rows = self._stripped(rows, asked)
+        for row, chosen in zip(rows, asked, strict=True):
             for index in chosen:
                 tokens = len(row.prompts[index].ids)
                 self._check_length(tokens, generation.behind(tokens).new_tokens)
         state = self._state(prefilled, parsed)
         self._hidden(prefilled, generation.hidden_layers)
+        if generation.heals:
+            prefilled = self._healed(attrs.evolve(prefilled, rows=rows), state, asked)
+            rows = prefilled.rows
         session = self._watched(state.session, observers)
         state = attrs.evolve(state, session=session)
         for row in rows:
@@ -532,7 +538,8 @@ class HuggingFaceAdapter(Writer):
             options, _ = request_options(request_kwargs)
             for request in requests:
                 for prompt in build_prompts(request, self.tokenizer, **options):
-                    generation.behind(len(prompt.ids))
+                    counted = stripped(prompt, self.tokenizer) if generation.heals else prompt
+                    generation.behind(len(counted.ids))
         return generation
 
 

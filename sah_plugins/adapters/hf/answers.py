@@ -80,6 +80,24 @@ def row_of(output: Any, row: int, rows: int) -> Any:
     return output
 
 
+def healed_token(prompt: Prompt) -> int | None:
+    """The token that took the place of a prompt's last one; None if that is still there."""
+    last = prompt.ids[-1]
+    return None if prompt.healed is None or prompt.healed.tail == last else last
+
+
+def text_behind(tokenizer: Any, prompt: Prompt, tokens: Sequence[int]) -> str:
+    """The text of new tokens; what a healed token adds to the prompt's end is its beginning."""
+    last = healed_token(prompt)
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+    if last is None or prompt.healed is None:
+        return text
+    whole = str(tokenizer.decode([last, *tokens], skip_special_tokens=True))
+    known = str(tokenizer.decode([prompt.healed.tail]))
+    # a special token has taken the place of text that it begins with
+    return whole[len(known) :] if whole.startswith(known) else text
+
+
 def answer_detail(
     tokenizer: Any,
     prompt: Prompt,
@@ -94,7 +112,7 @@ def answer_detail(
         sequences: Tokens and end of every sequence that was asked for; the first is the answer.
         facts: Times, batch and backends of the detail.
     """
-    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _ in sequences]
+    texts = [text_behind(tokenizer, prompt, tokens) for tokens, _ in sequences]
     (tokens, finished), *others = sequences
     return AnswerDetail(
         text=texts[0],
@@ -103,6 +121,7 @@ def answer_detail(
         context_tokens=prompt.context_tokens,
         new_tokens=len(tokens),
         finished=finished,
+        healed_token=healed_token(prompt),
         others=tuple(
             Generated(text=text, token_ids=ids, finished=end)
             for text, (ids, end) in zip(texts[1:], others, strict=True)

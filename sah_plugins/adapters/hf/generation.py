@@ -27,6 +27,7 @@ OF_THE_CHECKPOINT = (
     "use_mtp",
     "speculation_type",
     "guidance_scale",
+    "token_healing",
 )
 """Options that a checkpoint may set and that have to be known here."""
 
@@ -49,6 +50,7 @@ class Generation:
         keeping: How the context is to be read and kept.
         draft_layers: The model's own layers for multi-token prediction, where they propose; not
             part of the model.
+        heals: Whether the prompt's last token is to be chosen anew.
         negative: The negative prompt of guidance, by the names of ``generate``'s arguments.
     """
 
@@ -62,6 +64,7 @@ class Generation:
     assistant: Assistant | None = None
     keeping: Keeping = Keeping()
     draft_layers: Any = None
+    heals: bool = False
     negative: dict[str, Any] = attrs.field(factory=dict)
 
     @property
@@ -286,6 +289,9 @@ def generation_options(
         options["num_return_sequences"] = 1
     assistant = take_assistant(options)
     keeping = Keeping.taken_from(options)
+    heals = bool(options["token_healing"])
+    if heals:
+        options["token_healing"] = False  # it is done before
     return Generation(
         options=options,
         stops=stopping_criteria(options, tokenizer),
@@ -296,6 +302,7 @@ def generation_options(
         min_length=min_length,
         assistant=assistant,
         keeping=keeping,
+        heals=heals,
         negative={
             name: options.pop(name)
             for name in ("negative_prompt_ids", "negative_prompt_attention_mask")

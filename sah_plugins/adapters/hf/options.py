@@ -23,8 +23,6 @@ OWN_CACHE = "the context is read once, into a cache that the adapter makes"
 REQUEST = "the request holds the prompt"
 HUB_CODE = "transformers runs it with code from the hub only, and no remote code is run"
 REFUSED = {
-    "token_healing": "it takes the whole prompt apart and tokenises it anew, without its special "
-    "tokens, so that the context would not be the one that was read",
     "constraints": HUB_CODE,
     "force_words_ids": HUB_CODE,
     "dola_layers": HUB_CODE,
@@ -155,7 +153,7 @@ def check_options(
             options.pop(name, None)
         elif isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ParameterError("generation", name, value, f"an integer >= {least}")
-    for name in ("do_sample", "return_dict_in_generate", "use_mtp", *RECORDED):
+    for name in ("do_sample", "return_dict_in_generate", "token_healing", "use_mtp", *RECORDED):
         if not isinstance(options.get(name) or False, bool):
             raise ParameterError("generation", name, options[name], "true or false")
     check_together(options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -162,6 +162,16 @@ def same_lengths(rows: Sequence[Row], index: int) -> list[Prompt]:
             "captured decoding takes contexts and questions of equal length; prefill these alone"
         )
     return prompts
+
+
+def with_prompts(rows: Sequence[Row], made: Mapping[tuple[int, int], Prompt]) -> tuple[Row, ...]:
+    """The same rows with other prompts in the place of some, by row and question."""
+    return tuple(
+        attrs.evolve(
+            row, prompts=[made.get((number, i), prompt) for i, prompt in enumerate(row.prompts)]
+        )
+        for number, row in enumerate(rows)
+    )
 
 
 def shared_context(prompts: Sequence[Prompt]) -> int:

@@ -13,6 +13,19 @@ from sah_core.requests import TRUNCATIONS, Request, Truncation
 
 
 @attrs.frozen
+class Healed:
+    """What token healing did to a prompt.
+
+    Attributes:
+        tail: The token that the prompt's last one took the place of; they may be the same.
+        seconds: Time that it took.
+    """
+
+    tail: int
+    seconds: float
+
+
+@attrs.frozen
 class Prompt:
     """The tokens of one question's prompt.
 
@@ -20,10 +33,22 @@ class Prompt:
         ids: Token ids of the whole prompt, tokenised in one go.
         context_tokens: How many leading tokens lie inside the context (template head and BOS
             included).
+        text: What was tokenised.
+        template_end: Where the template ends in it, behind which stands the answer prefix; 0
+            without template.
+        healed: Set where its last token was chosen anew.
     """
 
     ids: tuple[int, ...]
     context_tokens: int
+    text: str = attrs.field(default="", repr=False)
+    template_end: int = 0
+    healed: Healed | None = None
+
+    @property
+    def given(self) -> str:
+        """The end of the text, as far as it is the request's own words."""
+        return self.text[self.template_end :]
 
 
 def build_prompts(
@@ -110,12 +135,12 @@ def build_prompt(
         text = rendered(request, body, tokenizer)
         begin, shift = find_body(text, body)
         end = begin + max(0, len(context) - shift)
+        template_end = len(text)
         text += prefix
     else:
         text = body + (request.separator if prefix else "") + prefix
-        end = len(context)
-    bos = getattr(tokenizer, "bos_token", None)
-    ids, spans = encode(tokenizer, text, special=not (bos and text.startswith(bos)))
+        end, template_end = len(context), 0
+    ids, spans = encode_prompt(tokenizer, text)
     inside = 0
     for _, stop in spans:
         if stop > end:
@@ -124,7 +149,23 @@ def build_prompt(
     if not ids:
         raise RequestError("the tokenizer makes no token of this prompt")
     # the question's forward pass needs a token
-    return Prompt(tuple(ids), min(inside, len(ids) - 1) if context else 0)
+    inside = min(inside, len(ids) - 1) if context else 0
+    return Prompt(tuple(ids), inside, text, template_end)
+
+
+def stripped(prompt: Prompt, tokenizer: Any) -> Prompt:
+    """A prompt without the whitespace at its end, as far as that is the request's; a prompt that
+    ends with the template stays as it is.
+    """
+    given = prompt.given.rstrip()
+    if not given or given == prompt.given:
+        return prompt
+    text = prompt.text[: prompt.template_end] + given
+    ids, _ = encode_prompt(tokenizer, text)
+    pairs = enumerate(zip(ids, prompt.ids, strict=False))
+    common = next((i for i, (here, there) in pairs if here != there), len(ids))
+    inside = min(prompt.context_tokens, common, len(ids) - 1)
+    return attrs.evolve(prompt, ids=tuple(ids), context_tokens=inside, text=text)
 
 
 def rendered(request: Request, body: str, tokenizer: Any) -> str:
@@ -160,6 +201,12 @@ def find_body(text: str, body: str) -> tuple[int, int]:
             lost = len(body) - len(body.lstrip()) if candidate == body.strip() else 0
             return at, 0 if candidate == body else lost
     raise RequestError("the chat template changes the context; use chat=False")
+
+
+def encode_prompt(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids and spans of a whole prompt, which may hold its BOS already."""
+    bos = getattr(tokenizer, "bos_token", None)
+    return encode(tokenizer, text, special=not (bos and text.startswith(bos)))
 
 
 def encode(tokenizer: Any, text: str, *, special: bool) -> tuple[list[int], list[tuple[int, int]]]:

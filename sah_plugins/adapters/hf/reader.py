@@ -31,6 +31,7 @@ class Reader:
         self.layer_types = compat.layer_types(self.model)
         self._assistants: dict[str, tuple[Any, Any]] = {}
         self._draft_layers: Any = None
+        self._biases: dict[int, dict[tuple[int, ...], float] | None] = {}
         self.devices = compat.devices_of(self.model)
         self._cache_argument = compat.cache_argument(type(self.model).forward)
 

@@ -21,7 +21,8 @@ class Round:
 
     Attributes:
         asked: Per row the index of its question, None for a row that has none of this length.
-        extra: Tokens of the context after what the questions of a row share.
+        extra: Tokens of the context after what the questions of a row share; below 0 where it ends
+            before that.
         question: Tokens after the context.
     """
 
@@ -41,14 +42,16 @@ class Round:
 
     def tokens(self, rows: Sequence[Row], filler: int) -> list[list[int]]:
         """The whole prompt of every row, left-padded, as long as each other."""
+        length = rows[0].padding + rows[0].shared + self.extra + self.question
         made = []
         for row, index in zip(rows, self.asked, strict=True):
             if index is None:
-                ids = list(row.prompts[0].ids[: row.shared])
-                ids += [filler] * (self.extra + self.question)
+                ids = list(row.prompts[0].ids[: max(0, row.shared + min(0, self.extra))])
+                ids += [filler] * (length - row.padding - len(ids))
             else:
                 ids = list(row.prompts[index].ids)
-            made.append([filler] * row.padding + ids)
+            # an idle row may have no token where the others end before what they share
+            made.append(([filler] * row.padding + ids)[:length])
         return made
 
 

@@ -100,6 +100,8 @@ class Writer(Reader):
             if index is None:
                 details.append(None)
                 continue
+            healed = row.prompts[index].healed
+            healing = 0.0 if healed is None else healed.seconds
             detail = answer_detail(
                 self.tokenizer,
                 row.prompts[index],
@@ -109,8 +111,8 @@ class Writer(Reader):
                 overflow_rows=sum(drawn.overflow for drawn in draws),
                 backends=tuple(sorted(state.session.backends_used)),
                 seconds_prefill=prefilled.seconds,
-                seconds_decode=seconds,
-                seconds_first_token=first_token,
+                seconds_decode=healing + seconds,
+                seconds_first_token=healing + first_token,
                 seconds_index=state.seconds,
             )
             details.append(detail)
@@ -126,7 +128,8 @@ class Writer(Reader):
         elapsed: Callable[[], float],
     ) -> Drawn:
         """Call ``generate`` once, from the end of the contexts."""
-        padding = prefilled.padding
+        # an idle row has padding only where the others end before its context begins
+        padding = tuple(min(count, len(prompts[0]) - 1) for count in prefilled.padding)
         ids = torch.tensor(prompts, device=self.device)
         real = compat.padding_mask(padding, len(prompts), ids.shape[1], self.device)
         context = prefilled.width + together.extra
