@@ -108,14 +108,13 @@ def attach(
 @contextmanager
 def _checked_caches(model: Any, session: Session) -> Iterator[None]:
     """Look at the caches that a caller runs a model with, each before its first pass: one that is
-    not known is refused, and so is beam search where a state would have to follow it.
+    not known is refused, and what maskers keep follows the sequences of the others where they
+    change places (beam search).
     """
     if session.pipeline.is_dense:
         yield
         return
     argument = compat.cache_argument(type(model).forward)
-    keeps = [s.name for s in session.pipeline.steps if s.is_stateful()]
-    keeps += [s.name for s in session.pipeline.steps if s.capabilities.shares_layers]
     latest: list[Any] = []  # one at most: the caches of earlier texts are not to be kept alive
 
     with ExitStack() as guard:
@@ -127,8 +126,7 @@ def _checked_caches(model: Any, session: Session) -> Iterator[None]:
             compat.check_cache(given)
             latest[:] = [given]
             guard.close()
-            if keeps:
-                guard.enter_context(compat.keeping_order(given, f"masker {keeps[0]!r}"))
+            guard.enter_context(compat.followed(given, session.reorder))
 
         hook = model.register_forward_pre_hook(before, with_kwargs=True)
         try:

@@ -12,18 +12,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
+import attrs
 import torch
 from torch import Tensor
 
 from sah_core import compat
 from sah_core.allowed import Allowed
-from sah_core.attention import Session, check_layers
+from sah_core.attention import Session, cannot_reorder, check_layers
 from sah_core.errors import PipelineError, SahError, UnsupportedError, one_line
 from sah_core.origin import check_origin
 from sah_core.patching import use
 from sah_core.pipeline import Pipeline
+from sah_core.randomness import Random
+from sah_core.state import LayerInfo
 
 PIECES = (7, 4, 1, 1, 1)
 """Tokens of prefill, question and decode steps in a trial."""
@@ -42,7 +45,7 @@ PADDING = 3
 GIVEN = frozenset({"lse", "window_queries"})
 """Optional inputs that a session gives to maskers that declare the need."""
 
-_passed: WeakSet[Any] = WeakSet()
+_passed: WeakKeyDictionary[Any, dict[int, LayerInfo]] = WeakKeyDictionary()
 _read: WeakSet[Any] = WeakSet()
 _padded: WeakSet[Any] = WeakSet()
 
@@ -79,7 +82,7 @@ def check_model(model: Any) -> None:
             "its logits change when its attention goes through the interface and a cache, so it "
             "does something there that is not known",
         )
-    _passed.add(model)
+    _passed[model] = session.layer_infos
 
 
 def check_reading(model: Any) -> None:
@@ -241,13 +244,50 @@ def check_needs(pipeline: Pipeline) -> None:
             )
 
 
+def refuses_order(model: Any, pipeline: Pipeline) -> tuple[str, str] | None:
+    """The first masker whose state cannot follow sequences that change places, and why; None if all
+    can.
+
+    Nothing is read: a state of each is made for one layer, such as one sequence would have.
+
+    Args:
+        model: A transformers causal language model.
+        pipeline: What is to run.
+
+    Raises:
+        UnsupportedError: As `check_fit`, or as a masker does that does not fit the model.
+        PipelineError: As `check_fit`.
+        ArtifactError: As `check_fit`.
+    """
+    check_fit(model, pipeline)
+    if pipeline.is_dense:
+        return None
+    types = compat.layer_types(model)
+    sparse = (
+        info
+        for layer, info in sorted(_passed[model].items())
+        if any(pipeline.is_sparse(layer, types[layer], phase) for phase in pipeline.phases)
+    )
+    info = next(sparse, None)
+    for index, step in enumerate(pipeline.steps):
+        state = None
+        if info is not None and step.is_stateful():
+            random = Random(seed=pipeline.seed, step=index, layer=info.index)
+            state = step.init_state(attrs.evolve(info, random=random))
+        reason = cannot_reorder(step, state)
+        if reason:
+            return step.name, reason
+    return None
+
+
 class Trial(Session):
-    """A dense session that notes which layers reach it."""
+    """A dense session that notes which layers reach it, and what a masker may know of them."""
 
     def __init__(self, layer_types: tuple[str, ...]) -> None:
         super().__init__(Pipeline.dense(), layer_types)
         self.calls: list[int] = []
         self.windows: dict[int, int | None] = {}
+        self.layer_infos: dict[int, LayerInfo] = {}
 
     def start_pass(self) -> None:
         """Forget the layers of the last forward pass."""
@@ -266,6 +306,19 @@ class Trial(Session):
         """As of any session."""
         self.calls.append(layer)
         self.windows[layer] = allowed.window
+        self.layer_infos[layer] = LayerInfo(
+            index=layer,
+            count=len(self.layer_types),
+            batch=1,
+            heads=query.shape[1],
+            kv_heads=key.shape[1],
+            head_dim=key.shape[3],
+            value_dim=value.shape[3],
+            capacity=key.shape[2],
+            first=None,
+            dtype=key.dtype,
+            device=key.device,
+        )
         return super().attend(layer, query, key, value, allowed, *args, **kwargs)
 
     def check_pass(self, model: Any, kv_cache: Any) -> None:

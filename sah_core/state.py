@@ -59,6 +59,14 @@ class State(Protocol):
     A state whose buffers follow the number of keys may also have ``reserve(keys)``, which makes
     room for so many: it is called before keys are appended whose index lives on the device, since
     such an append cannot grow anything.
+
+    A state that can follow sequences which change places, as the beams of a beam search do, also
+    has ``reorder(rows)``, named as transformers' caches name it: sequence ``b`` is afterwards what
+    sequence ``rows[b]`` was. ``rows``, int64 ``(sequences,)`` on the device of the layer's keys,
+    may name some several times and others not at all, and its length is the new batch. Everything
+    that belongs to a sequence follows, its first real key included, and room taken ahead stays.
+    Snapshots from before are void, for most hold lengths alone; who wants to go back reorders a
+    copy (`copy.deepcopy`). Without ``reorder`` a masker is refused with beams.
     """
 
     def snapshot(self) -> Any:
@@ -112,6 +120,11 @@ class GrowingBuffer:
         self.data.narrow(self.dim, self.length, added).copy_(rows)
         self.length += added
         return self.view
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take the sequences, which lie along dimension 0, as `State` says; the room stays."""
+        if self.data is not None:
+            self.data = self.data.index_select(0, rows)
 
     def snapshot(self) -> int:
         """The length; the contents stay valid because nothing before it is written again."""
@@ -178,8 +191,19 @@ class TokenBuffer:
         """The numbers of the first ``count`` tokens."""
         return self.data.narrow(self.dim, 0, min(count, self.data.shape[self.dim]))
 
+    def reorder(self, rows: Tensor) -> None:
+        """Take the sequences, which lie along dimension 0, as `State` says; the room stays."""
+        self.data = self.data.index_select(0, rows)
+
     def snapshot(self) -> None:
         """Nothing: a token's numbers are not changed by those that come after it."""
 
     def restore(self, token: None) -> None:
         """Nothing: tokens after the snapshot are overwritten by those that come."""
+
+
+def reorder_first(first: Tensor | None, rows: Tensor) -> Tensor | None:
+    """`LayerInfo.first` of sequences that are taken as `State` says; one number that holds for all
+    of them stays.
+    """
+    return first if first is None or len(first) == 1 else first.index_select(0, rows)

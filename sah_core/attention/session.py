@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sah_core.allowed import Allowed
 from sah_core.attention.backends import Choice, Fallback
-from sah_core.attention.states import LayerState, Snapshot, Upkeep, copied
+from sah_core.attention.states import LayerState, Snapshot, Upkeep, cannot_reorder, copied
 from sah_core.attention.steps import (
     add_step,
     as_alone,
@@ -334,6 +335,44 @@ class Session:
         self.request_state.clear()
         self.request_state.update(copied(snapshot.request_state))
         self._prefix = None
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take the sequences in another order, or some of them several times, as the cache does
+        (`sah_core.state.State`); snapshots from before are void.
+
+        Args:
+            rows: What each sequence was before, int64 ``(sequences,)``.
+
+        Raises:
+            UnsupportedError: If a masker keeps what cannot follow; then nothing has changed.
+        """
+        self._check_order()
+        for kept in self.layers.values():
+            kept.reorder(rows)
+        self._prefix = None
+
+    def branched(self, rows: Tensor) -> dict[int, LayerState]:
+        """A copy of what is kept of every layer, its sequences taken as by `reorder`.
+
+        Raises:
+            UnsupportedError: As `reorder`.
+        """
+        self._check_order()
+        made = {}
+        for layer, kept in self.layers.items():
+            made[layer] = copy.deepcopy(kept)
+            made[layer].reorder(rows)
+        return made
+
+    def _check_order(self) -> None:
+        for states in ({}, *(kept.states for kept in self.layers.values())):
+            for index, step in enumerate(self.pipeline.steps):
+                reason = cannot_reorder(step, states.get(index))
+                if reason:
+                    raise UnsupportedError(
+                        what=f"reordering sequences (beam search) with masker {step.name!r}",
+                        reason=f"{reason}; use num_beams=1",
+                    )
 
     def reset(self) -> None:
         """Forget the request."""

@@ -14,11 +14,12 @@ from sah_core.errors import UnsupportedError
 from sah_core.inputs import WINDOW_QUERIES, Inputs
 
 if TYPE_CHECKING:
+    from sah_core.masker import Masker
     from sah_core.pipeline import Pipeline
 
-LayerToken = tuple[int, bool, dict[int, Any], Tensor | None]
-"""What `LayerState.snapshot` remembers: keys seen, whether the prefill has ended, states, and the
-last query rows.
+LayerToken = tuple[int, bool, dict[int, Any], Tensor | None, int]
+"""What `LayerState.snapshot` remembers: keys seen, whether the prefill has ended, states, the last
+query rows, and how often the sequences had been reordered.
 """
 
 
@@ -33,6 +34,9 @@ class LayerState:
         window: The last query rows, where a masker needs them; a new tensor with every call.
         marks: What was before each row of the last pass, by the keys before that row; only where
             proposed tokens are verified.
+        batch: Sequences that the states are of, once there are states.
+        device: Where the keys live that the states have seen; likewise.
+        reorders: How often the sequences were reordered.
     """
 
     seen: int = 0
@@ -40,19 +44,44 @@ class LayerState:
     states: dict[int, Any] = attrs.field(factory=dict)
     window: Tensor | None = None
     marks: dict[int, LayerToken] = attrs.field(factory=dict)
+    batch: int = 0
+    device: torch.device | None = None
+    reorders: int = 0
 
     def snapshot(self) -> LayerToken:
         """Remember the present state; costs what the states cannot cut back by length."""
         states = {i: s.snapshot() for i, s in self.states.items() if s is not None}
-        return self.seen, self.ended, states, self.window
+        return self.seen, self.ended, states, self.window, self.reorders
 
     def restore(self, token: LayerToken) -> None:
-        """Go back to a snapshot."""
-        self.seen, self.ended, states, self.window = token
+        """Go back to a snapshot.
+
+        Raises:
+            UnsupportedError: If the sequences were reordered after it was taken.
+        """
+        if token[-1] != self.reorders:
+            raise UnsupportedError(
+                what="going back to a snapshot from before the sequences were reordered",
+                reason="of most states it holds lengths alone; reorder a copy of the states",
+            )
+        self.seen, self.ended, states, self.window, _ = token
         if not states:
             self.states = {}
         for index, state in states.items():
             self.states[index].restore(state)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take the sequences in another order, or some of them several times; see
+        `sah_core.state.State`.
+        """
+        for state in self.states.values():
+            if state is not None:
+                state.reorder(rows.to(self.device))
+        if self.window is not None:
+            self.window = self.window.index_select(0, rows.to(self.window.device))
+        self.marks.clear()
+        self.batch = len(rows)
+        self.reorders += 1
 
     def take_back(self, held: int) -> None:
         """Forget the rows of the last pass whose keys are not among the ``held`` that the cache
@@ -92,12 +121,18 @@ class Upkeep:
         """Take in the keys of a call, and announce the end of the prefill when it is over.
 
         Raises:
-            UnsupportedError: If the cache has dropped keys, or under graph capture if the states
-                were not built from the context first.
+            UnsupportedError: If the cache has dropped keys or is of other sequences, or under graph
+                capture if the states were not built from the context first.
         """
         if inputs.key_len is None:
             self._append_captured(kept, inputs)
             return
+        if kept.states and inputs.batch != kept.batch:
+            raise UnsupportedError(
+                what=f"a stateful masker in layer {inputs.layer} ({inputs.layer_type})",
+                reason=f"the cache has {inputs.batch} sequences, and the masker has taken note of "
+                f"{kept.batch}",
+            )
         context = inputs.key_len - inputs.query_len
         if context < kept.seen:
             raise UnsupportedError(
@@ -128,6 +163,7 @@ class Upkeep:
                 i: self._steps[i].init_state(layer_info(inputs, i, self._seed))
                 for i in self.stateful
             }
+            kept.batch, kept.device = inputs.batch, inputs.key.device
         if upto <= kept.seen:
             return
         key = inputs.key[:, :, kept.seen : upto]
@@ -175,6 +211,15 @@ class Upkeep:
                 "options",
             )
         return kept.window
+
+
+def cannot_reorder(step: Masker, state: Any) -> str:
+    """Why what a masker keeps cannot follow sequences that change places; empty if it can."""
+    if step.capabilities.shares_layers:
+        return "what its layers hand each other in request_state cannot follow"
+    if state is not None and not hasattr(state, "reorder"):
+        return f"its state ({type(state).__name__}) has no method reorder(rows) to follow by"
+    return ""
 
 
 def copied(request_state: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -167,40 +168,59 @@ def check_cache(kv_cache: Any) -> None:
             )
 
 
-REORDERING = ("reorder_cache", "batch_select_indices")
-"""Methods of a cache that take its sequences in another order."""
+REORDERING: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "reorder_cache": lambda held, indices: torch.as_tensor(indices).long(),
+    "batch_select_indices": lambda held, indices: held[
+        indices.to(held.device) if isinstance(indices, Tensor) else indices
+    ],
+    "batch_repeat_interleave": lambda held, repeats: held.repeat_interleave(repeats),
+}
+"""Methods of a cache that take its sequences in another order, or some of them several times, and
+which sequence each then was, by the ``held`` numbers of the sequences and the method's argument.
+"""
 
 
 @contextmanager
-def keeping_order(kv_cache: Any, refused: str) -> Iterator[None]:
-    """Refuse that the sequences of a cache change places, which what is kept of them would not
-    follow.
+def followed(kv_cache: Any, follow: Callable[[Tensor], None]) -> Iterator[None]:
+    """Let what is kept of the sequences of a cache change places with them.
+
+    The cache gets a class of its own meanwhile. Copies of the cache that are made inside refuse
+    to be reordered as long: they are followed by nothing.
 
     Args:
         kv_cache: The cache.
-        refused: Who could not follow.
+        follow: Is given what each sequence was before, int64, and called before the cache is
+            reordered; what it raises leaves the cache as it is.
     """
+    plain, owner = type(kv_cache), weakref.ref(kv_cache)
+    live = [follow]  # emptied at the end: copies of the cache may outlive it
 
-    def guarded(method: Any) -> Any:
-        def reorder(indices: Tensor) -> None:
-            held = next((t.shape[0] for t in _cache_tensors(kv_cache)), 0)
-            if torch.as_tensor(indices).tolist() != list(range(held)):
-                raise UnsupportedError(
-                    what=f"reordering the sequences of a cache (beam search) with {refused}",
-                    reason="its state belongs to one sequence and cannot follow; use num_beams=1",
-                )
-            method(indices)
+    def following(name: str) -> Callable[[Any, Any], None]:
+        def reorder(self: Any, given: Any) -> None:
+            count = sequences_of(self) if live else 0
+            if count:
+                held = torch.arange(count)
+                rows = REORDERING[name](held, given)
+                if rows.tolist() != held.tolist():
+                    if self is not owner():
+                        raise UnsupportedError(
+                            what="reordering the sequences of a copy of a cache",
+                            reason="what maskers keep belongs to the cache that the model ran "
+                            "with last; run the model with the copy first",
+                        )
+                    live[0](rows)
+            getattr(plain, name)(self, given)
 
         return reorder
 
-    guards = [name for name in REORDERING if hasattr(kv_cache, name)]
-    for name in guards:
-        setattr(kv_cache, name, guarded(getattr(kv_cache, name)))
+    methods = {name: following(name) for name in REORDERING if hasattr(plain, name)}
+    names = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
+    kv_cache.__class__ = type(plain.__name__, (plain,), {**names, **methods})
     try:
         yield
     finally:
-        for name in guards:
-            vars(kv_cache).pop(name, None)
+        live.clear()
+        kv_cache.__class__ = plain
 
 
 def window_of(layer: Any) -> int | None:
@@ -216,9 +236,14 @@ def repeated_cache(kv_cache: Any, repeats: int) -> Any:
     for layer in kv_cache.layers:
         kind = kind_of(layer)
         made.layers.append(copy.deepcopy(layer) if kind == "copy" else copy.copy(layer))
-    batch = next((t.shape[0] for t in _cache_tensors(made)), 1)
+    batch = max(1, sequences_of(made))
     made.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
     return made
+
+
+def sequences_of(kv_cache: Any) -> int:
+    """Sequences in a cache, 0 if nothing says how many."""
+    return next((t.shape[0] for t in _cache_tensors(kv_cache)), 0)
 
 
 def _cache_tensors(kv_cache: Any) -> Iterator[Tensor]:

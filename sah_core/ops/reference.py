@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 from sah_core.code_ops import CodeOps
 from sah_core.ops.counts import CountOps
 from sah_core.ops.draws import DrawOps
@@ -13,6 +15,10 @@ from sah_core.ops.signatures import SignatureOps
 
 class Ops(DrawOps, CountOps, MomentOps, PageOps, LabelOps, SignatureOps, CodeOps):
     """Reference forms in plain torch: right on every device, fast on the CPU."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: it holds no data, and a copy of a masker's state shares it."""
+        return self
 
 
 REFERENCE = Ops()

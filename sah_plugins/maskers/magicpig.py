@@ -109,6 +109,11 @@ class HashTables:
         if not self.complete and self.hashed < self.length:
             self.hash(key[:, :, self.hashed : self.length], self.hashed)
 
+    def reorder(self, rows: Tensor) -> None:
+        """Take the sequences in another order."""
+        self.codes.reorder(rows)
+        self.center = None if self.center is None else self.center.index_select(0, rows)
+
     def snapshot(self) -> tuple[int, int, bool, Tensor | None]:
         """The lengths and the centre; codes before them are not written again."""
         return self.length, self.hashed, self.complete, self.center

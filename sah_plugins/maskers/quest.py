@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sah_core import Capabilities, Inputs, Mask, Masker, Search, Size, hookimpl, param
 from sah_core.ops import GROUP_REDUCTIONS, Ops
-from sah_core.state import LayerInfo
+from sah_core.state import LayerInfo, reorder_first
 
 MIN_PAGES = 3
 """Pages chosen however small the budget is (section 3.3 of the paper's code)."""
@@ -70,6 +70,11 @@ class PageBounds:
             self.low, self.high = (
                 torch.nn.functional.pad(t, (0, 0, 0, more)) for t in (self.low, self.high)
             )
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take the sequences in another order."""
+        self.low, self.high = (t.index_select(0, rows) for t in (self.low, self.high))
+        self.first = reorder_first(self.first, rows)
 
     def snapshot(self) -> tuple[int, Tensor, Tensor, Tensor]:
         """The length and a copy of the page that the next key falls into."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sah_core import Capabilities, Inputs, Mask, Masker, Pipeline, PipelineError, hookimpl, param
-from sah_core.attention import build_mask, with_step
+from sah_core.attention import build_mask, cannot_reorder, with_step
 from sah_core.selection import join_rows, residual_count, row_pieces, sample
 from sah_core.state import LayerInfo
 
@@ -36,7 +36,8 @@ DRAW = 1000
 
 
 class StepStates:
-    """The states of the named pipeline's steps in one layer.
+    """The states of the named pipeline's steps in one layer, as they are if some of them cannot
+    follow sequences that change places.
 
     Attributes:
         steps: State per step for the steps that keep one.
@@ -59,6 +60,15 @@ class StepStates:
         """Go back, every step to its snapshot."""
         for index, state in self.steps.items():
             state.restore(token[index])
+
+
+class Reorderable(StepStates):
+    """The states of steps all of which can follow."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take the sequences of every step in another order."""
+        for state in self.steps.values():
+            state.reorder(rows)
 
 
 @attrs.frozen(kw_only=True)
@@ -96,12 +106,14 @@ class RandomAtBudget(Masker):
 
     def init_state(self, layer: LayerInfo) -> StepStates | None:
         """The states of the named pipeline, or None if it keeps none."""
-        states = {}
-        for index, step in enumerate(steps_of(self.pipeline)):
+        steps, states = steps_of(self.pipeline), {}
+        for index, step in enumerate(steps):
             own = attrs.evolve(layer, random=attrs.evolve(layer.random, step=index))
             states[index] = step.init_state(own)
         kept = {index: state for index, state in states.items() if state is not None}
-        return StepStates(kept) if kept else None
+        if any(cannot_reorder(step, states[index]) for index, step in enumerate(steps)):
+            return StepStates(kept)
+        return Reorderable(kept) if kept else None
 
     def append(self, state: Any, key: Tensor, value: Tensor, start: int | Tensor) -> None:
         """Show every state the new keys."""

@@ -64,6 +64,11 @@ class Buckets:
         self.codes.reserve(keys)
         self.norms.reserve(keys)
 
+    def reorder(self, rows: Tensor) -> None:
+        """Take the sequences in another order."""
+        self.codes.reorder(rows)
+        self.norms.reorder(rows)
+
     def snapshot(self) -> None:
         """Nothing: later keys change nothing of earlier ones."""
 

@@ -63,6 +63,11 @@ class RoundedKeys:
         self.codes.reserve(keys)
         self.affine.reserve(keys)
 
+    def reorder(self, rows: Tensor) -> None:
+        """Take the sequences in another order."""
+        self.codes.reorder(rows)
+        self.affine.reorder(rows)
+
     def snapshot(self) -> None:
         """Nothing: a key's codes are not changed by keys that come after it."""
 

@@ -22,7 +22,7 @@ from sah_core import Capabilities, KeyRange, Mask, Masker, param, registry
 from sah_core.errors import MissingParameterError, UnsupportedError
 from sah_core.parameters import Size, specs
 from sah_core.selection import sample
-from sah_core.state import GrowingBuffer
+from sah_core.state import GrowingBuffer, reorder_first
 from sah_core.testing import CHECKS, MODEL, CheckResult, CheckSkipped, run_checks
 from sah_core.testing import conformance as module
 
@@ -325,6 +325,101 @@ class NeverForgets(CountsAppends):
         state = Keys()
         state.restore = lambda token: None
         return state
+
+
+class Norms:
+    """A state that remembers the norms of keys, and where sequences begin."""
+
+    def __init__(self, layer):
+        self.first = layer.first
+        self.norms = GrowingBuffer()
+
+    def reorder(self, rows):
+        self.norms.reorder(rows)
+        self.first = reorder_first(self.first, rows)
+
+    def snapshot(self):
+        return self.norms.snapshot()
+
+    def restore(self, token):
+        self.norms.restore(token)
+
+
+@attrs.frozen(kw_only=True)
+class Remembers(Wrong):
+    """Nothing is wrong with this one either: the longest keys, and the first two."""
+
+    def init_state(self, layer):
+        return Norms(layer)
+
+    def append(self, state, key, value, start):
+        state.norms.append(key.norm(dim=-1, dtype=torch.float32))
+
+    def select(self, inputs):
+        state = inputs.state
+        scores = state.norms.view[:, :, None, : inputs.capacity]
+        scores = scores.repeat_interleave(inputs.group, dim=1)
+        first = inputs.allowed.first if state.first is None else state.first
+        allowed = inputs.allowed
+        indices, _ = inputs.ops.masked_topk(
+            scores.expand(-1, -1, inputs.query_len, -1).contiguous(),
+            4,
+            start=allowed.start,
+            stop=allowed.stop,
+        )
+        first = first.view(-1, 1, 1)
+        sink = KeyRange(first, first, 2, stop_offset=2)
+        return Mask.from_indices(inputs.shape, indices) | Mask.from_ranges(inputs.shape, [sink])
+
+
+class NormsInPlace(Norms):
+    """Its first keys stay where they are."""
+
+    def reorder(self, rows):
+        self.norms.reorder(rows)
+        if self.first is not None:  # as many, so that nothing else notices
+            self.first = self.first[torch.arange(len(rows)) % len(self.first)]
+
+
+@attrs.frozen(kw_only=True)
+class LeavesPaddingBehind(Remembers):
+    """Of beams that change places, the keys follow and the padding does not."""
+
+    def init_state(self, layer):
+        return NormsInPlace(layer)
+
+
+class NormsSent(Norms):
+    """Sends each sequence to a place, in place of fetching one for each place."""
+
+    def reorder(self, rows):
+        if len(rows) == len(rows.unique()) == self.norms.data.shape[0]:
+            rows = rows.argsort()
+        super().reorder(rows)
+
+
+@attrs.frozen(kw_only=True)
+class SendsSequences(Remembers):
+    """Takes rows to say where the sequences go."""
+
+    def init_state(self, layer):
+        return NormsSent(layer)
+
+
+class NormsOfBatch(Norms):
+    """Takes a batch to be as large as ever."""
+
+    def reorder(self, rows):
+        if len(rows) == self.norms.data.shape[0]:
+            super().reorder(rows)
+
+
+@attrs.frozen(kw_only=True)
+class KeepsItsBatch(Remembers):
+    """Does not become more or fewer sequences."""
+
+    def init_state(self, layer):
+        return NormsOfBatch(layer)
 
 
 @attrs.frozen(kw_only=True)
@@ -707,6 +802,9 @@ MISTAKES = [
     (WrongGroup(), "kv_groups", "h // inputs.group"),
     (CountsAppends(), "chunked_append", "not on how they come"),
     (NeverForgets(), "snapshot_and_restore", "restore"),
+    (LeavesPaddingBehind(), "reorder", r"reorder\(\[1, 2, 0\]\), with padding.*index_select"),
+    (SendsSequences(), "reorder", r"reorder\(\[1, 2, 0\]\), with no padding"),
+    (KeepsItsBatch(), "reorder", "RuntimeError"),
     (SharesSecretly(), "layers_are_independent", "inputs.state"),
     (ClaimsPositions(), "position_only", "drop position_only"),
     (LosesParameter(more=5), "parameters_round_trip", "sah_core.param"),
@@ -773,6 +871,28 @@ def test_a_masker_that_no_parameter_bounds_skips_what_needs_a_bound(check):
 
 def test_without_the_mistake_they_pass():
     assert [r for r in run_checks(Right(), IN_THIS_PROCESS) if r.failed] == []
+
+
+@pytest.mark.parametrize(
+    "masker", [LeavesPaddingBehind(), SendsSequences(), KeepsItsBatch()], ids=lambda m: type(m)
+)
+def test_states_that_follow_wrongly_are_caught_by_no_other_check(masker):
+    results = run_checks(masker, IN_THIS_PROCESS)
+    assert [result.name for result in results if result.failed] == ["reorder"]
+
+
+def test_without_the_mistake_the_same_state_follows():
+    results = {result.name: result for result in run_checks(Remembers(), IN_THIS_PROCESS)}
+    assert [result for result in results.values() if result.failed] == []
+    assert results["reorder"].passed
+
+
+def test_a_state_that_says_nothing_of_order_is_not_held_to_any():
+    kept, none = CountsAppends(), Right()
+    for masker, reason in ((none, "it keeps no state"), (kept, r"its state (Keys) has no method")):
+        [result] = run_checks(masker, [module.check_reorder])
+        assert result.status == "skipped"
+        assert reason in result.message
 
 
 def test_what_attention_tells_is_taken_back_with_the_state():

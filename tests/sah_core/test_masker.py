@@ -47,6 +47,9 @@ class Kept:
     def __init__(self):
         self.keys, self.context = None, 0
 
+    def reorder(self, rows):
+        self.keys = None if self.keys is None else self.keys[rows]
+
     def snapshot(self):
         return self.keys, self.context
 
@@ -92,6 +95,9 @@ class Sums:
     def __init__(self, layer):
         self.sums = torch.zeros(layer.batch, layer.kv_heads, 0)
         self.there = torch.zeros(layer.batch, layer.kv_heads, 0, dtype=torch.bool)
+
+    def reorder(self, rows):
+        self.sums, self.there = self.sums[rows], self.there[rows]
 
     def snapshot(self):
         return self.sums.clone(), self.there.clone()

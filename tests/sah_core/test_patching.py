@@ -750,18 +750,110 @@ def test_fewer_keys_than_the_mask_is_for_are_noticed(built, models):
         decoder(models.tokens(1, CONTEXT), use_cache=True, **{argument: cache_of(LastFive)})
 
 
-def test_beams_are_refused_where_a_state_would_have_to_follow_them(built, models):
-    model, ids = built("llama"), models.tokens(1, CONTEXT)
-    kv_cache = empty_cache(model)
-    with attach(model, "quest(8, page_size=4)"):
-        with pytest.raises(
-            UnsupportedError, match=r"\(beam search\) with masker 'quest'.*num_beams=1"
-        ):
+QUEST = "quest(8, page_size=4)"
+TAKEN = {
+    "reorder_cache": (torch.tensor([2, 0, 0], dtype=torch.int32), [2, 0, 0]),
+    "batch_select_indices": (torch.tensor([False, True, True]), [1, 2]),
+    "batch_repeat_interleave": (2, [0, 0, 1, 1, 2, 2]),
+}
+
+
+@pytest.mark.parametrize("method", TAKEN)
+@pytest.mark.parametrize("padded", [False, True])
+def test_states_follow_the_sequences_of_a_cache_however_they_change_places(
+    built, models, method, padded
+):
+    model, ids = built("llama"), models.tokens(3, CONTEXT + 6)
+    real = torch.ones(3, CONTEXT, dtype=torch.long)
+    if padded:
+        real[1, :9], real[2, :2] = 0, 0
+
+    def read(ids, real, kv_cache, begin, end):
+        more = torch.ones(len(ids), end - real.shape[1], dtype=torch.long)
+        real = torch.cat([real, more], 1)[:, :end]
+        positions = (real.cumsum(1) - 1).clamp(min=0)[:, begin:end]
+        options = {"attention_mask": real, "position_ids": positions}
+        return forward(model, ids[:, begin:end], kv_cache, **options)
+
+    given, rows = TAKEN[method]
+    with attach(model, QUEST) as session:
+        kv_cache = empty_cache(model)
+        read(ids, real, kv_cache, 0, CONTEXT)
+        read(ids, real, kv_cache, CONTEXT, CONTEXT + 1)
+        getattr(kv_cache, method)(given)
+        found = [read(ids[rows], real[rows], kv_cache, n, n + 1) for n in range(25, 30)]
+        assert {kept.batch for kept in session.layers.values()} == {len(rows)}
+    assert type(kv_cache) is DynamicCache
+    with attach(model, QUEST):
+        fresh = empty_cache(model)
+        read(ids[rows], real[rows], fresh, 0, CONTEXT)
+        read(ids[rows], real[rows], fresh, CONTEXT, CONTEXT + 1)
+        expected = [read(ids[rows], real[rows], fresh, n, n + 1) for n in range(25, 30)]
+    close(torch.cat(found, 1), torch.cat(expected, 1))
+
+
+@pytest.fixture
+def fixed_quest(monkeypatch):
+    from sah_plugins.maskers.quest import PageBounds
+
+    monkeypatch.delattr(PageBounds, "reorder")
+
+
+@pytest.mark.usefixtures("fixed_quest")
+def test_a_state_that_cannot_follow_is_refused_and_the_cache_left_as_it_is(built, models):
+    model, ids = built("llama"), models.tokens(2, CONTEXT)
+    message = r"\(beam search\) with masker 'quest' .*PageBounds\) has no method"
+    with attach(model, QUEST):
+        with pytest.raises(UnsupportedError, match=message):
             generate(model, ids, num_beams=3)
-        generate(model, ids, **{compat.cache_argument(type(model).forward): kv_cache})
-    assert not {"reorder_cache", "batch_select_indices"} & set(vars(kv_cache))
-    with attach(model, "sink(1) | local(8)"):
-        assert generate(model, ids, num_beams=3).shape == (1, 8)
+        kv_cache = empty_cache(model)
+        forward(model, ids[:, :-1], kv_cache)
+        forward(model, ids[:, -1:], kv_cache)
+        before = kv_cache.layers[0].keys.clone()
+        with pytest.raises(UnsupportedError, match=message):
+            kv_cache.reorder_cache(torch.tensor([1, 0]))
+        kv_cache.reorder_cache(torch.tensor([0, 1]))  # nobody changes places
+        assert torch.equal(kv_cache.layers[0].keys, before)
+    kv_cache.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(kv_cache.layers[0].keys, before.flip(0))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_of_a_cache_is_not_followed_before_the_model_has_run_with_it(built, models, copied):
+    model, ids = built("llama"), models.tokens(2, CONTEXT + 2)
+    with attach(model, QUEST):
+        kv_cache = empty_cache(model)
+        forward(model, ids[:, :CONTEXT], kv_cache)
+        other = copied(kv_cache)
+        with pytest.raises(UnsupportedError, match="of a copy of a cache.*run the model with the"):
+            other.reorder_cache(torch.tensor([1, 0]))
+        kv_cache = copy.deepcopy(kv_cache)
+        forward(model, ids[:, CONTEXT : CONTEXT + 1], kv_cache)
+        kv_cache.reorder_cache(torch.tensor([1, 0]))
+        found = forward(model, ids.flip(0)[:, CONTEXT + 1 :], kv_cache)
+    with attach(model, QUEST):
+        expected = forward(model, ids.flip(0)[:, :CONTEXT], fresh := empty_cache(model))
+        for n in (CONTEXT, CONTEXT + 1):
+            expected = forward(model, ids.flip(0)[:, n : n + 1], fresh)
+    close(found, expected)
+    other.reorder_cache(torch.tensor([1, 0]))  # outside, it is a cache like any other
+
+
+def test_a_cache_of_other_sequences_than_the_states_are_of_is_refused(built, models):
+    model, ids = built("llama"), models.tokens(2, CONTEXT + 1)
+    caches = [empty_cache(model) for _ in range(2)]
+    for kv_cache, batch in zip(caches, (1, 2), strict=True):
+        forward(model, ids[:batch, :CONTEXT], kv_cache)
+    with attach(model, QUEST):
+        forward(model, ids[:1, CONTEXT:], caches[0])
+        caches[1].crop(-1)
+        with pytest.raises(UnsupportedError, match=r"has 2 sequences.*taken note of 1"):
+            forward(model, ids[:, CONTEXT - 1 :], caches[1])
+
+
+def test_a_pipeline_without_states_needs_nothing_to_follow(built, models):
+    with attach(built("llama"), "sink(1) | local(8)"):
+        assert generate(built("llama"), models.tokens(1, CONTEXT), num_beams=3).shape == (1, 8)
 
 
 def test_the_caches_of_earlier_texts_are_not_kept(built, models):

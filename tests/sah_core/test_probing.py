@@ -6,9 +6,15 @@ import transformers
 from transformers import StaticCache
 from transformers.cache_utils import DynamicCache
 
-from sah_core import attach, compat
+from sah_core import Pipeline, attach, compat
 from sah_core.errors import PipelineError, UnsupportedError
-from sah_core.probing import check_model, check_padding, check_reading, relative_error
+from sah_core.probing import (
+    check_model,
+    check_padding,
+    check_reading,
+    refuses_order,
+    relative_error,
+)
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet", "no_grad")]
 
@@ -361,3 +367,37 @@ def test_the_error_of_most_tokens_counts():
     assert relative_error(found, expected) == 0
     found[2] = 2
     assert relative_error(found, expected) == pytest.approx(1.0)
+
+
+# States that cannot follow beams
+
+
+def test_the_states_of_a_pipeline_are_asked_whether_they_can_follow(models, monkeypatch):
+    from sah_plugins.maskers.quest import PageBounds
+
+    model = models.build("gemma3")
+    made = []
+    init = PageBounds.__init__
+    monkeypatch.setattr(
+        PageBounds, "__init__", lambda s, layer, n: made.append(layer) or init(s, layer, n)
+    )
+    assert refuses_order(model, Pipeline.parse("sink(2) | quest(8)")) is None
+    [layer] = made
+    # the first layer with full attention, as the model has it
+    assert (layer.index, layer.count, layer.batch, layer.first) == (1, 2, 1, None)
+    assert (layer.heads, layer.kv_heads, layer.head_dim, layer.value_dim) == (4, 2, 16, 16)
+    assert (layer.dtype, layer.device.type) == (torch.float32, "cpu")
+    assert layer.random.step == 1
+    monkeypatch.delattr(PageBounds, "reorder")
+    name, reason = refuses_order(model, Pipeline.parse("sink(2) | quest(8)"))
+    assert (name, "PageBounds" in reason) == ("quest", True)
+
+
+def test_what_keeps_no_state_follows_any_order(models, monkeypatch):
+    from sah_plugins.maskers.twilight import RoundedKeys
+
+    monkeypatch.delattr(RoundedKeys, "reorder")
+    model = models.build("llama")
+    for text in ("dense", "sink(2) | local(4)", "oracle-top-k(8) | twilight(label_bits=16)"):
+        assert refuses_order(model, Pipeline.parse(text)) is None
+    assert refuses_order(model, Pipeline.parse("oracle-top-k(8) | twilight"))[0] == "twilight"

@@ -7,7 +7,7 @@ from sah_core import Allowed, Inputs
 from sah_core.attention import layer_info
 from sah_core.ops import Ops
 from sah_core.randomness import Random
-from sah_core.state import GrowingBuffer, TokenBuffer
+from sah_core.state import GrowingBuffer, TokenBuffer, reorder_first
 
 pytestmark = pytest.mark.unit
 
@@ -64,6 +64,31 @@ def test_a_snapshot_is_a_length_and_restoring_cuts_back_to_it():
         again = rows(2)
         assert torch.equal(buffer.append(again), torch.cat([first, again], dim=2))
         buffer.restore(token)
+
+
+@pytest.mark.parametrize("places", [(2, 0, 1), (1, 1, 0, 2), (2,)])
+def test_sequences_of_a_buffer_change_places_and_its_room_stays(places):
+    rows, numbers = torch.tensor(places), torch.rand(3, 2, 9, 4)
+    growing, tokens = GrowingBuffer(capacity=12), TokenBuffer((3, 2, 12, 4), torch.float32, "cpu")
+    growing.reorder(rows)  # nothing is there yet
+    growing.append(numbers[:, :, :7])
+    tokens.write(numbers[:, :, :7], 0)
+    view = growing.view
+    for buffer in (growing, tokens):
+        buffer.reorder(rows)
+        assert buffer.data.shape == (len(places), 2, 12, 4)
+    growing.append(numbers[rows, :, 7:])
+    tokens.write(numbers[rows, :, 7:], 7)
+    assert torch.equal(growing.view, numbers[rows])
+    assert torch.equal(tokens.first(9), numbers[rows])
+    assert torch.equal(view, numbers[:, :, :7])
+
+
+def test_first_keys_change_places_unless_one_holds_for_all():
+    rows, first = torch.tensor([2, 2, 0]), torch.tensor([4, 0, 7], dtype=torch.int32)
+    assert reorder_first(first, rows).tolist() == [7, 7, 4]
+    assert reorder_first(first[:1], rows).tolist() == [4]
+    assert reorder_first(None, rows) is None
 
 
 def test_an_empty_buffer_has_no_view():

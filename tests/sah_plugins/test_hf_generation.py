@@ -124,11 +124,6 @@ def test_beams_work_with_a_selection_and_leave_the_prefill_alone(make):
     assert adapter.answer(prefilled, WINDOW, {**GREEDY, "num_beams": 3}).responses == beams
 
 
-def test_beams_are_refused_where_a_state_would_have_to_follow_them(make):
-    with pytest.raises(RequestError, match="'num_beams' is not supported with masker 'quest'"):
-        ask(make(STATEFUL), {**GREEDY, "num_beams": 2})
-
-
 # Seeds
 
 

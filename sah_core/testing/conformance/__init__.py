@@ -44,6 +44,7 @@ from .requests import (
     check_determinism,
     check_layers_are_independent,
     check_probabilities,
+    check_reorder,
     check_same_masker_twice,
     check_snapshot_and_restore,
 )
@@ -92,6 +93,7 @@ CHECKS: tuple[Check, ...] = (
     check_layers_are_independent,
     check_chunked_append,
     check_snapshot_and_restore,
+    check_reorder,
     check_same_masker_twice,
     check_position_only,
     check_density,

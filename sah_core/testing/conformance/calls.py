@@ -151,6 +151,10 @@ class Tokens:
             self, key=key, value=torch.where(where, self.value * factor, self.value)
         )
 
+    def taken(self, rows: Tensor) -> Tokens:
+        """The sequences in another order, some of them several times."""
+        return self.through(lambda tensor: tensor.index_select(0, rows))
+
     def sequence(self, index: int, padding: int) -> Tokens:
         """One sequence of the batch without its padding."""
         query, key, value, hidden = (
@@ -163,6 +167,11 @@ class Tokens:
 def nothing(inputs: Inputs) -> Mask:
     """Nothing selected before."""
     return Mask.empty(inputs.shape)
+
+
+def everything(inputs: Inputs) -> Mask:
+    """Everything selected before, from which a step that prunes removes."""
+    return Mask.full(inputs.shape)
 
 
 class Run:

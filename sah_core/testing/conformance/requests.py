@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sah_core.attention import cannot_reorder
 from sah_core.mask import Mask
 from sah_core.masker import Masker
 
@@ -14,6 +15,8 @@ from .calls import (
     Run,
     Tokens,
     effective,
+    everything,
+    nothing,
     same,
 )
 from .verdict import require, skip
@@ -175,6 +178,46 @@ def check_snapshot_and_restore(masker: Masker) -> None:
                 f"after restore, key {begin} on, it selects other keys than a fresh state",
                 "let restore(snapshot()) bring back everything that the snapshot saw",
             )
+
+
+def check_reorder(masker: Masker) -> None:
+    """A state whose sequences change places goes on as a fresh one of sequences in these places."""
+    if not masker.is_stateful():
+        skip(masker, "it keeps no state")
+    earlier = everything if masker.capabilities.prunes else nothing
+    for first in (None, (0, 41, 9)):
+        tokens = Tokens.random(140, batch=3, first=first)
+        run = Run(masker, tokens, earlier)
+        run.context(101)
+        run.question(101, 102)
+        for kept in run.session.layers.values():
+            reason = cannot_reorder(masker, kept.states.get(1))
+            if reason:
+                skip(masker, f"{reason}, and it is refused with beams")
+        end = 102
+        # among beams some go on several times and others not at all; batches shrink and grow
+        for places in ((1, 2, 0), (2, 2, 0), (1, 0), (1, 0, 0, 1)):
+            rows = torch.tensor(places)
+            run.session.reorder(rows)
+            tokens = run.tokens = tokens.taken(rows)
+            fresh = Run(masker, tokens, earlier)
+            fresh.context(101)
+            fresh.question(101, 102)
+            for begin in range(102, end):
+                fresh.question(begin, begin + 1)
+            for begin in range(end, end + 9):
+                require(
+                    same(
+                        effective(*run.question(begin, begin + 1)),
+                        effective(*fresh.question(begin, begin + 1)),
+                    ),
+                    masker,
+                    f"after reorder({list(places)}), with {'' if first else 'no '}padding, it "
+                    "selects other keys than a fresh state over the sequences in that order",
+                    "let reorder(rows) take everything that belongs to a sequence, its first real "
+                    "key included, by index_select(0, rows)",
+                )
+            end += 9
 
 
 def check_same_masker_twice(masker: Masker) -> None:

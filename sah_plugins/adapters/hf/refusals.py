@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sah_core import Pipeline, RequestError, compat
+from sah_core.probing import refuses_order
 
 from .generation import Generation
 
@@ -15,15 +16,18 @@ def refuse(pipeline: Pipeline, generation: Generation, model: Any, batch: int) -
 
     Raises:
         RequestError: With the option and what stands in its way.
+        SahError: With several beams, if the pipeline does not fit the model.
     """
+    refused = refuses_order(model, pipeline) if generation.beams > 1 else None
+    if refused is not None:
+        name, reason = refused
+        raise RequestError(
+            f"generation option 'num_beams' is not supported with masker {name!r}: {reason}; use "
+            "num_beams=1"
+        )
     custom = "custom_generate" in generation.options
     for step in pipeline.steps:
         name, shares = step.name, step.capabilities.shares_layers
-        if generation.beams > 1 and (step.is_stateful() or shares):
-            raise RequestError(
-                f"generation option 'num_beams' is not supported with masker {name!r}: its "
-                "state belongs to one sequence and cannot follow beams; use num_beams=1"
-            )
         if custom and (step.is_stateful() or shares):
             raise RequestError(
                 f"generation option 'custom_generate' is not supported with masker {name!r}: its "

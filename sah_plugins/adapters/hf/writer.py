@@ -147,8 +147,11 @@ class Writer(Reader):
             kv_cache = prefilled.cache
             if beams:
                 kv_cache = compat.repeated_cache(kv_cache, generation.beams)
+                rows = torch.arange(len(prompts)).repeat_interleave(generation.beams)
+                # the context's own states are put back by the block that resumed them
+                session.layers = session.branched(rows)
             with (
-                self._beside(session.pipeline, generation, kv_cache, ids.shape[1]),
+                self._beside(session, generation, kv_cache, ids.shape[1]),
                 hidden.handed_out(self.model, kv_cache) if hidden else nullcontext(),
             ):
                 output = self.model.generate(
@@ -170,21 +173,23 @@ class Writer(Reader):
 
     @contextmanager
     def _beside(
-        self, pipeline: Pipeline, generation: Generation, kv_cache: Any, length: int
+        self, session: Session, generation: Generation, kv_cache: Any, length: int
     ) -> Iterator[None]:
-        """What runs beside the answer while it is generated: the unconditional branch of guidance
-        and the model as its own assistant get sessions of their own; layers for drafts, which are
-        not the model's, need none.
+        """What runs beside the answer while it is generated: the states follow the beams, and the
+        unconditional branch of guidance and the model as its own assistant get sessions of their
+        own; layers for drafts, which are not the model's, need none.
 
         Args:
-            pipeline: What the answer runs.
+            session: What the answer runs.
             generation: The options.
             kv_cache: The cache of the answer, which is no other's.
             length: Tokens of the prompt.
         """
         with ExitStack() as stack:
+            if generation.beams > 1:
+                stack.enter_context(compat.followed(kv_cache, session.reorder))
             if generation.guided or generation.assistant is not None:
-                other = pipeline if generation.guided else Pipeline.dense()
+                other = session.pipeline if generation.guided else Pipeline.dense()
                 fresh = partial(Session, other, self.layer_types)
                 stack.enter_context(set_apart(self.model, kv_cache, fresh))
             if generation.assisted:

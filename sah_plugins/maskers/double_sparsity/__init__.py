@@ -74,6 +74,11 @@ class LabelCache:
             if self.affine is not None:
                 self.affine = torch.nn.functional.pad(self.affine, more)
 
+    def reorder(self, rows: Tensor) -> None:
+        """Take the sequences in another order."""
+        self.labels = self.labels.index_select(0, rows)
+        self.affine = None if self.affine is None else self.affine.index_select(0, rows)
+
     def snapshot(self) -> int:
         """The length; labels before it are not written again."""
         return self.length

@@ -74,6 +74,10 @@ class Signatures:
             more = max(keys, 2 * room) - room
             self.words = torch.nn.functional.pad(self.words, (0, 0, 0, more))
 
+    def reorder(self, rows: Tensor) -> None:
+        """Take the sequences in another order."""
+        self.words = self.words.index_select(0, rows)
+
     def snapshot(self) -> int:
         """The length; signatures before it are not written again."""
         return self.length

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -47,6 +48,10 @@ class HashFunctions:
 
     query: tuple[Linear, ...]
     key: tuple[Linear, ...]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HashFunctions:
+        """Itself: nothing writes to weights, and a copy of a masker's state shares them."""
+        return self
 
     @property
     def key_heads(self) -> int:

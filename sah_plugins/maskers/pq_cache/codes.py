@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sah_core.ops import Ops
-from sah_core.state import LayerInfo, TokenBuffer
+from sah_core.state import LayerInfo, TokenBuffer, reorder_first
 
 WORK_BYTES = 16 * 2**20
 """Temporary tensors stay near this, whatever the number of keys."""
@@ -35,6 +35,15 @@ class Codebook:
     def entries(self) -> Tensor:
         """The centroids without the spare one."""
         return self.centroids[..., :-1, :]
+
+    def reordered(self, rows: Tensor) -> Codebook:
+        """Those of the sequences in another order."""
+        return Codebook(
+            centroids=self.centroids.index_select(0, rows),
+            reach=self.reach.index_select(0, rows),
+            clustered=self.clustered.index_select(0, rows),
+            open=self.open,
+        )
 
 
 class Codes:
@@ -110,6 +119,12 @@ class Codes:
         book.centroids.scatter_(3, target, vectors)
         codes = torch.where(slot < self.size, slot, self.ops.nearest(vectors, book.entries))
         self.codes.write(codes.to(torch.uint8), start)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Take the sequences in another order."""
+        self.codes.reorder(rows)
+        self.book = self.book.reordered(rows)
+        self.first = reorder_first(self.first, rows)
 
     def snapshot(self) -> tuple[int, int, bool, Codebook]:
         """The lengths and the centroids, which do not change while codes name them."""
