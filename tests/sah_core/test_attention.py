@@ -192,6 +192,98 @@ def test_states_see_every_key_once_and_in_order_and_the_end_of_the_context_once(
     assert [phase for _, phase, _ in after] == wanted
 
 
+class Followed(Diary):
+    """A diary that follows sequences which change places."""
+
+    def reorder(self, rows):
+        self.keys.reorder(rows)
+        self.calls.append(("reorder", rows.tolist()))
+
+
+@attrs.frozen(kw_only=True)
+class Follows(Witness):
+    name: ClassVar[str] = "follows"
+
+    def init_state(self, layer):
+        return Followed(layer)
+
+
+ROWS = torch.tensor([2, 0, 0, 1])
+
+
+def test_states_and_last_queries_of_all_layers_follow_the_sequences():
+    looks = Looks()
+    session = session_of(Follows(), looks)
+    data = tensors(14, batch=3)
+    run(session, data, 0, 9, (0, 1), "prefill")
+    run(session, data, 9, 11, (0, 1), "question")
+    session.reorder(ROWS)
+    taken = tuple(tensor[ROWS] for tensor in data)
+    for end in (12, 13, 14):  # the masker compares its keys with those of the call
+        for output in run(session, taken, end - 1, end, (0, 1), "decode"):
+            torch.testing.assert_close(output, dense(taken, end - 1, end).float())
+        assert torch.equal(looks.seen[-1], taken[0][:, :, :end])
+    for kept in session.layers.values():
+        assert kept.batch == 4
+        assert kept.states[0].calls.count(("reorder", ROWS.tolist())) == 1
+
+
+def test_a_snapshot_from_before_sequences_changed_places_is_refused():
+    session, data = session_of(Follows()), tensors(12, batch=3)
+    run(session, data, 0, 9, phase="prefill")
+    run(session, data, 9, 10, phase="decode")
+    before = session.snapshot()
+    session.reorder(ROWS)
+    after = session.snapshot()
+    with pytest.raises(UnsupportedError, match="before the sequences were reordered.*a copy"):
+        session.restore(before)
+    taken = tuple(tensor[ROWS] for tensor in data)
+    for _ in range(2):
+        run(session, taken, 10, 11, phase="decode")
+        session.restore(after)
+
+
+def test_a_copy_of_the_states_goes_its_own_way():
+    session, data = session_of(Follows()), tensors(12, batch=3)
+    run(session, data, 0, 9, phase="prefill")
+    run(session, data, 9, 10, phase="decode")
+    before, own = session.snapshot(), session.layers
+    session.layers = session.branched(ROWS)
+    taken = tuple(tensor[ROWS] for tensor in data)
+    run(session, taken, 10, 11, phase="decode")
+    session.reorder(torch.tensor([3, 3]))
+    session.layers = own
+    session.restore(before)
+    run(session, data, 10, 11, phase="decode")
+    assert [call[0] for call in own[0].states[0].calls].count("reorder") == 0
+
+
+def test_what_cannot_follow_is_refused_and_nothing_has_changed():
+    session, data = session_of(Follows(), Witness()), tensors(12, batch=3)
+    run(session, data, 0, 9, phase="prefill")
+    session.reorder(ROWS)  # nothing is kept yet
+    run(session, data, 9, 10, phase="decode")
+    for action in (session.reorder, session.branched):
+        with pytest.raises(
+            UnsupportedError,
+            match=r"with masker 'witness' is not supported: its state \(Diary\) has no method "
+            r"reorder\(rows\) to follow by; use num_beams=1",
+        ):
+            action(ROWS)
+    assert ("reorder", ROWS.tolist()) not in session.layers[0].states[0].calls
+    run(session, data, 10, 11, phase="decode")
+
+
+def test_choices_that_layers_share_cannot_follow():
+    @attrs.frozen(kw_only=True)
+    class Sharing(Nothing):
+        name: ClassVar[str] = "sharing"
+        capabilities: ClassVar[Capabilities] = Capabilities(shares_layers=True)
+
+    with pytest.raises(UnsupportedError, match="'sharing'.*hand each other in request_state"):
+        session_of(Sharing()).reorder(ROWS)
+
+
 def test_states_can_be_built_from_the_cached_context_at_once():
     witness = Witness()
     session = session_of(witness)

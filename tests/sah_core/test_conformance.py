@@ -315,6 +315,16 @@ class CountsAppends(Wrong):
 
 
 @attrs.frozen(kw_only=True)
+class PrunesByAppends(CountsAppends):
+    """What it leaves depends on how the keys come."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(prunes=True)
+
+    def add_mask(self, inputs, previous):
+        return previous if previous.is_empty else self.select(inputs)
+
+
+@attrs.frozen(kw_only=True)
 class NeverForgets(CountsAppends):
     """Keeps the keys of an answer that was taken back."""
 
@@ -801,6 +811,7 @@ MISTAKES = [
     (NeedsManyKeys(), "short_keys", "RuntimeError"),
     (WrongGroup(), "kv_groups", "h // inputs.group"),
     (CountsAppends(), "chunked_append", "not on how they come"),
+    (PrunesByAppends(), "chunked_append", "not on how they come"),
     (NeverForgets(), "snapshot_and_restore", "restore"),
     (LeavesPaddingBehind(), "reorder", r"reorder\(\[1, 2, 0\]\), with padding.*index_select"),
     (SendsSequences(), "reorder", r"reorder\(\[1, 2, 0\]\), with no padding"),

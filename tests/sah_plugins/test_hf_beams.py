@@ -245,6 +245,27 @@ def test_beams_under_attach_are_those_without_a_memory(models, model, example, n
     assert len(moves) >= 3
 
 
+@pytest.mark.integration
+@pytest.mark.usefixtures("real_model")
+def test_beams_of_smollm2_are_those_without_a_memory():
+    adapter = HuggingFaceAdapter("smollm2-135m", device="cpu", dtype="float32")
+    context = "Ann has a red ball, a blue box and a green key. Ben has a red box and a blue key. "
+    request = Request(context=context * 3, questions=("Who has a ball?", "What has Ben?"))
+    prefilled = adapter.prefill(request)
+    for text in ("quest(heavy_size=24, page_size=8)", "pq-cache(heavy_size=16)"):
+        inner = Pipeline.parse(text).text
+        kept, rebuilt = (
+            Pipeline.of(*Pipeline.parse("sink(4) | local(8)").steps, masker)
+            for masker in (
+                Pipeline.parse(text).steps[0],
+                Rebuilt(inner=inner, context=prefilled.width),
+            )
+        )
+        found = sequences(adapter.answer(prefilled, kept, BEAMS).details)
+        assert found == sequences(adapter.answer(prefilled, rebuilt, BEAMS).details)
+        assert found != sequences(adapter.answer(prefilled, "dense", BEAMS).details)
+
+
 def test_a_state_that_cannot_follow_is_refused_before_a_context_is_read(adapter, monkeypatch):
     from sah_plugins.maskers.quest import PageBounds
 

@@ -175,13 +175,17 @@ def everything(inputs: Inputs) -> Mask:
 
 
 class Run:
-    """A masker in a running request, its mask the only thing that is looked at."""
+    """A masker in a running request, its mask the only thing that is looked at.
+
+    What earlier steps selected is nothing unless it is said, or everything for a step that prunes,
+    which of nothing would leave nothing whatever its state.
+    """
 
     def __init__(
         self,
         masker: Masker,
         tokens: Tokens,
-        previous: Callable[[Inputs], Mask] = nothing,
+        previous: Callable[[Inputs], Mask] | None = None,
         *,
         behind: Sequence[Masker] = (),
         then: Sequence[Masker] = (),
@@ -191,6 +195,8 @@ class Run:
         self.masker = masker
         self.tokens = tokens
         self.ops = ops
+        if previous is None:
+            previous = everything if masker.capabilities.prunes else nothing
         steps = (Given(make=previous), *behind, masker, *then)
         pipeline = Pipeline.of(*steps, prefill="sparse", seed=seed)
         self.session = Session(pipeline, ["full_attention"] * MODEL.layers)
@@ -311,7 +317,7 @@ class Shape:
         return attrs.evolve(tokens, first=torch.tensor(self.first, dtype=torch.int32))
 
     def run(
-        self, masker: Masker, previous: Callable[[Inputs], Mask] = nothing
+        self, masker: Masker, previous: Callable[[Inputs], Mask] | None = None
     ) -> tuple[Mask, Inputs]:
         """The mask of the call after its context, and the call."""
         run = Run(masker, self.tokens(), previous)

@@ -20,6 +20,7 @@ from .calls import (
     Run,
     earlier_masks,
     effective,
+    nothing,
     same,
     shapes,
     tensors_of,
@@ -90,7 +91,7 @@ def check_previous_empty_and_full(masker: Masker) -> None:
             f"with {shape.title} a full mask does not stay full",
             "return previous when previous.is_full",
         )
-        mask, inputs = shape.run(masker)
+        mask, inputs = shape.run(masker, nothing)
         if masker.capabilities.prunes or masker.capabilities.restricts:
             require(
                 not bool(effective(mask, inputs).any()),

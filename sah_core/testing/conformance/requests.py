@@ -15,8 +15,6 @@ from .calls import (
     Run,
     Tokens,
     effective,
-    everything,
-    nothing,
     same,
 )
 from .verdict import require, skip
@@ -184,10 +182,9 @@ def check_reorder(masker: Masker) -> None:
     """A state whose sequences change places goes on as a fresh one of sequences in these places."""
     if not masker.is_stateful():
         skip(masker, "it keeps no state")
-    earlier = everything if masker.capabilities.prunes else nothing
     for first in (None, (0, 41, 9)):
         tokens = Tokens.random(140, batch=3, first=first)
-        run = Run(masker, tokens, earlier)
+        run = Run(masker, tokens)
         run.context(101)
         run.question(101, 102)
         for kept in run.session.layers.values():
@@ -200,7 +197,7 @@ def check_reorder(masker: Masker) -> None:
             rows = torch.tensor(places)
             run.session.reorder(rows)
             tokens = run.tokens = tokens.taken(rows)
-            fresh = Run(masker, tokens, earlier)
+            fresh = Run(masker, tokens)
             fresh.context(101)
             fresh.question(101, 102)
             for begin in range(102, end):
