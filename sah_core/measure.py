@@ -14,76 +14,36 @@ from .inputs import Inputs
 from .mask import Mask
 from .metric import Metric
 from .parameters import param
+from .weights import attention_weights, chunks, dense_logits
 
 __all__ = ["AttentionMetric", "dense_logits", "dense_output", "dense_weights"]
 
 PIECE = 2**22
 """Logits computed at once: query rows are taken in pieces of this many numbers, so that memory does
 not grow with rows x keys."""
-CHUNK = 2**24
-"""Numbers of the key cache converted to float32 at once."""
 FETCH = 4096
 """Values that wait on the device before they are fetched together."""
 DIGITS = 6
 """Significant digits of what is kept."""
 
 
-def dense_logits(inputs: Inputs) -> Tensor:
-    """Scaled and capped logits in float32 ``(batch, heads, query_len, key_len)``; ``-inf`` where a
-    key may not be attended.
-    """
-    batch, heads, query_len, key_len = inputs.shape
-    exact = torch.promote_types(inputs.query.dtype, torch.float32)
-    rows = inputs.query.reshape(batch, inputs.kv_heads, inputs.group * query_len, -1).to(exact)
-    rows = rows * inputs.scaling
-    pieces = [rows @ inputs.key[:, :, b:e].to(exact).mT for b, e in _chunks(inputs.key, exact)]
-    logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-    logits = logits.view(batch, heads, query_len, key_len)
-    if inputs.softcap is not None:
-        logits = torch.tanh(logits / inputs.softcap) * inputs.softcap
-    return logits.masked_fill(~inputs.allowed.to_dense(key_len), float("-inf"))
-
-
 def dense_weights(inputs: Inputs, *, sinks: bool = True) -> Tensor:
-    """Attention weights in float32 ``(batch, heads, query_len, key_len)``; a row that may attend
-    nothing is 0.
-
-    Args:
-        inputs: The call.
-        sinks: Count learned sinks in the denominator, as the model does; without them the weights
-            of the keys add up to 1.
+    """Weights of dense attention in float32 ``(batch, heads, query_len, key_len)``; the arguments
+    are those of `attention_weights`.
     """
-    logits = dense_logits(inputs)
-    top = logits.amax(-1, keepdim=True)
-    learned = None
-    if sinks and inputs.sinks is not None:
-        learned = inputs.sinks.to(logits.dtype).view(1, -1, 1, 1)
-        top = torch.maximum(top, learned)
-    top = top.masked_fill(top == float("-inf"), 0.0)
-    weights = torch.exp(logits - top)
-    total = weights.sum(-1, keepdim=True)
-    if learned is not None:
-        total = total + torch.exp(learned - top)
-    return weights / total.masked_fill(total == 0, 1.0)
+    weights, _ = attention_weights(inputs, sinks=sinks)
+    return weights
 
 
 def dense_output(inputs: Inputs) -> Tensor:
     """Dense attention in float32 ``(batch, query_len, heads, value_dim)``."""
     batch, heads, query_len, key_len = inputs.shape
-    weights = dense_weights(inputs)
+    weights, _ = attention_weights(inputs)
     flat = weights.view(batch, inputs.kv_heads, inputs.group * query_len, key_len)
     output = flat.new_zeros(*flat.shape[:3], inputs.value.shape[3])
-    for begin, end in _chunks(inputs.value, flat.dtype):
+    for begin, end in chunks(inputs.value, flat.dtype):
         output += flat[..., begin:end] @ inputs.value[:, :, begin:end].to(flat.dtype)
     return output.view(batch, heads, query_len, -1).transpose(1, 2)
-
-
-def _chunks(cache: Tensor, exact: torch.dtype) -> Iterator[tuple[int, int]]:
-    """Runs of keys that are converted together; all of them where nothing is to be converted."""
-    keys = max(1, cache.shape[2])
-    size = keys if cache.dtype == exact else max(1, CHUNK * keys // max(1, cache.numel()))
-    for begin in range(0, keys, size):
-        yield begin, min(keys, begin + size)
 
 
 @attrs.define

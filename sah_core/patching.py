@@ -50,7 +50,7 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """The function behind transformers' attention interface.
 
     A model that merely shares its configuration object with an attached one ends up here too; it
@@ -61,10 +61,7 @@ def attention(
         if not _bystander:
             _bystander.append(Session(Pipeline.dense(), ()))
         session = _bystander[0]
-    output = compat.run_attention(
-        session, module, query, key, value, attention_mask, scaling, kwargs
-    )
-    return output, None
+    return compat.run_attention(session, module, query, key, value, attention_mask, scaling, kwargs)
 
 
 @contextmanager
@@ -78,7 +75,9 @@ def attach(
     """Run a model's attention through a pipeline for the duration of a ``with`` block.
 
     The model is restored on every exit, errors and Ctrl-C included. Blocks may be nested; the
-    innermost one of a model counts. For the pipeline ``dense`` nothing is patched.
+    innermost one of a model counts. For the pipeline ``dense`` nothing is patched. A pass with
+    ``output_attentions=True`` returns the weights with which the pipeline attended; they are
+    computed beside it.
 
     Args:
         model: A transformers causal language model.

@@ -28,6 +28,7 @@ from sah_core.hookspecs import PROJECT, ObserverSpec
 from sah_core.inputs import PHASES, Inputs, Phase
 from sah_core.mask import KeyRange, Mask
 from sah_core.masker import Masker
+from sah_core.weights import attention_weights
 
 if TYPE_CHECKING:
     from sah_core.pipeline import Pipeline
@@ -106,6 +107,7 @@ class Session:
         *,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        weights: list[Tensor] | None = None,
     ) -> Tensor:
         """Compute the attention of one layer.
 
@@ -118,6 +120,9 @@ class Session:
             scaling: Factor on ``q . k``.
             softcap: Logit cap, or None.
             sinks: Learned sink logits ``(heads,)``, or None.
+            weights: Takes the weights with which the keys were attended,
+                ``(batch, heads, query_len, key_len)`` in the type of the query; None where nobody
+                asks for them.
 
         Returns:
             ``(batch, query_len, heads, value_dim)``.
@@ -144,10 +149,10 @@ class Session:
             request_state=self.request_state,
         )
         if self._question is None:
-            return self._attend(inputs)
-        return self._verify(inputs, self._question if self._passes == 1 else 0)
+            return self._attend(inputs, weights)
+        return self._verify(inputs, self._question if self._passes == 1 else 0, weights)
 
-    def _verify(self, inputs: Inputs, question: int) -> Tensor:
+    def _verify(self, inputs: Inputs, question: int, weights: list[Tensor] | None) -> Tensor:
         """A pass over ``question`` rows of a question and proposed tokens behind them, which are
         decoded as they would be one by one: each sees the keys up to its own, and the states as
         they then are.
@@ -163,41 +168,57 @@ class Session:
         held = inputs.capacity - rows
         if layer in self.layers:
             self.layers[layer].take_back(held)
-        parts = []
+        parts: list[Tensor] = []
+        ends: list[int] = []
+        taken: list[Tensor] | None = None if weights is None else []
         if question:
-            parts.append(self._attend(as_alone(inputs, 0, min(question, rows), "question")))
+            ends.append(min(question, rows))
+            parts.append(self._attend(as_alone(inputs, 0, ends[0], "question"), taken))
         step = 1 if one_by_one else max(1, rows - question)
         for begin in range(question, rows, step):
             if keeps:
                 kept = self.layers.setdefault(layer, LayerState())
                 kept.marks[held + begin] = kept.snapshot()
-            parts.append(self._attend(as_alone(inputs, begin, begin + step, "decode")))
+            ends.append(begin + step)
+            parts.append(self._attend(as_alone(inputs, begin, begin + step, "decode"), taken))
+        if weights is not None and taken is not None:
+            weights.append(joined_rows(taken, [rows - end for end in ends], inputs.capacity))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _attend(self, inputs: Inputs) -> Tensor:
+    def _attend(self, inputs: Inputs, weights: list[Tensor] | None) -> Tensor:
         if self.pipeline.is_sparse(inputs.layer, inputs.layer_type, inputs.phase):
-            return self._attend_sparsely(inputs)
+            return self._attend_sparsely(inputs, weights)
         self._forget_other_text(inputs)
         self.remember(inputs)
         mask = full_mask(inputs)
         backend = self.choice.backend_for(inputs, mask, requested="auto", feedback=False)
-        return self._run(inputs, mask, backend)
+        return self._run(inputs, mask, backend, weights)
 
-    def _attend_sparsely(self, inputs: Inputs) -> Tensor:
+    def _attend_sparsely(self, inputs: Inputs, weights: list[Tensor] | None) -> Tensor:
         inputs = inputs.with_ops(self.choice.ops_for(inputs, self.requested))
         states = self.advance(inputs) if self._upkeep.stateful else {}
         inputs = self.remember(inputs)
         mask = self.mask_for(inputs, states)
         backend = self.choice.backend_for(inputs, mask, requested=self.requested)
         self.backends_used.add(backend.name)
-        return self._run(inputs, mask, backend, told=self.listens)
+        return self._run(inputs, mask, backend, weights, told=self.listens)
 
-    def _run(self, inputs: Inputs, mask: Mask, backend: Backend, *, told: bool = False) -> Tensor:
+    def _run(
+        self,
+        inputs: Inputs,
+        mask: Mask,
+        backend: Backend,
+        weights: list[Tensor] | None,
+        *,
+        told: bool = False,
+    ) -> Tensor:
         """Execute a mask under the eyes of observers, and tell the maskers that asked for it."""
         watched = self.hook is not None and inputs.phase in self.pipeline.phases
         if watched and self._watch_mask:
             self.observe("sah_mask_built", inputs=inputs, mask=mask)
         output, lse = backend.attend(inputs, mask)
+        if weights is not None:
+            weights.append(attention_weights(inputs, mask)[0].to(inputs.query.dtype))
         if told:
             self.attended(inputs, mask, lse)
         if watched and self._watch_output:
@@ -408,6 +429,23 @@ def _check_layer_types(pipeline: Pipeline, known: Sequence[str]) -> None:
     if known and not is_default and not set(asked) & set(known):
         expected = f"types that layers of the model have: {', '.join(dict.fromkeys(known))}"
         raise ParameterError("Pipeline", "layer_types", list(asked), expected)
+
+
+def joined_rows(parts: Sequence[Tensor], behind: Sequence[int], keys: int) -> Tensor:
+    """The weights of calls over some rows each as those of one call over all of them.
+
+    Args:
+        parts: Weights ``(batch, heads, rows, keys of the call)``.
+        behind: Per part the keys behind those of its call.
+        keys: Keys of the whole call.
+    """
+    return torch.cat(
+        [
+            torch.nn.functional.pad(part, (keys - after - part.shape[3], after))
+            for part, after in zip(parts, behind, strict=True)
+        ],
+        dim=2,
+    )
 
 
 def full_mask(inputs: Inputs) -> Mask:

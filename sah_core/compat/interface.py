@@ -22,7 +22,7 @@ SEMANTIC_ARGUMENTS = ("position_bias", "indices", "block_indices", "sinks", "cu_
 """Arguments of an attention call that change its meaning and that are not understood here."""
 
 
-def register(attention: Callable[..., tuple[Tensor, None]]) -> None:
+def register(attention: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
     """Register the attention function together with the mask function `limits`.
 
     With an attention function alone, transformers would drop causality without a word.
@@ -45,6 +45,11 @@ def attention_configs(model: Any) -> list[Any]:
 def implementation_of(config: Any) -> str:
     """The attention implementation that a configuration names now."""
     return str(config._attn_implementation)
+
+
+def makes_weights(model: Any) -> bool:
+    """Whether the attention that a model has now returns its weights where it is asked for them."""
+    return all(implementation_of(config) == "eager" for config in attention_configs(model))
 
 
 def set_implementation(config: Any, name: str) -> None:
@@ -101,7 +106,7 @@ def run_attention(
     mask: Any,
     scaling: float | None,
     kwargs: dict[str, Any],
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Translate one call of the attention interface into one call of a session.
 
     Args:
@@ -115,7 +120,8 @@ def run_attention(
         kwargs: Further arguments of the interface, such as a softcap or learned sinks.
 
     Returns:
-        ``(batch, query_len, heads, value_dim)``.
+        ``(batch, query_len, heads, value_dim)``, and the attention weights
+        ``(batch, heads, query_len, key_len)`` if the pass is asked for them.
 
     Raises:
         UnsupportedError: If the module does not know its layer, or what it asks for is not known.
@@ -139,7 +145,8 @@ def run_attention(
             what=f"attention of class {type(module).__name__}",
             reason="it does not know which layer it belongs to",
         )
-    return session.attend(
+    weights: list[Tensor] | None = [] if wants_weights(kwargs) else None
+    output = session.attend(
         layer,
         query,
         key,
@@ -148,4 +155,18 @@ def run_attention(
         float(scaling),
         softcap=softcap,
         sinks=sinks,
+        weights=weights,
     )
+    return output, weights[0] if weights else None
+
+
+def wants_weights(kwargs: dict[str, Any]) -> bool:
+    """Whether a forward pass is to return attention weights, by the arguments of an attention call
+    or by what transformers notes for the pass.
+    """
+    from transformers.utils import output_capturing
+
+    if kwargs.get("output_attentions"):
+        return True
+    collector = getattr(output_capturing, "_active_collector", None)
+    return collector is not None and "attentions" in (collector.get() or ())

@@ -423,19 +423,71 @@ def test_several_sequences_have_an_output_each(make):
         assert output.sequences[0, -len(ids) :].tolist() == list(ids)
 
 
-def test_attention_weights_are_to_be_had_from_dense_attention_alone(models):
-    model = models.build("llama")
-    model.set_attn_implementation("eager")
+WEIGHTS = {"output_attentions": True, "return_dict_in_generate": True, "max_new_tokens": 4}
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("pipeline", ["dense", "sink(2) | local(4)", STATEFUL])
+def test_attention_weights_are_to_be_had_of_question_and_answer(models, implementation, pipeline):
+    model = models.build("llama", attn_implementation=implementation)
     source = ModelSource(kind="folder", location="tiny", label="tiny")
     loaded = Loaded(model=model, tokenizer=models.tokenizer(), source=source, weights_hash="0")
-    options = {"output_attentions": True, "return_dict_in_generate": True, "max_new_tokens": 3}
-    adapter = HuggingFaceAdapter.of(loaded)
-    detail = answers(adapter, options)[0]
-    step = detail.outputs[0].attentions[-1][0]
-    assert step.shape == (1, 4, 1, detail.prompt_tokens + 2)
-    torch.testing.assert_close(step.sum(-1), torch.ones(1, 4, 1))
-    with pytest.raises(RequestError, match="'output_attentions' is not supported with 'local"):
-        answers(HuggingFaceAdapter.of(loaded, "local(4)"), options)
+    adapter = HuggingFaceAdapter.of(loaded, pipeline)
+    expected = tokens(adapter, {"max_new_tokens": 4})
+    for detail, answer in zip(answers(adapter, WEIGHTS), expected, strict=True):
+        assert detail.token_ids == answer
+        asked = detail.prompt_tokens - detail.context_tokens
+        for number, layers in enumerate(detail.outputs[0].attentions):
+            assert len(layers) == 2
+            for weights in layers:
+                rows = 1 if number else asked
+                assert weights.shape == (1, 4, rows, detail.prompt_tokens + number)
+                torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, rows))
+                if pipeline == "sink(2) | local(4)":
+                    assert (weights > 0).sum(-1).unique().tolist() == [6]
+
+
+def test_dense_attention_weights_are_those_of_transformers_alone(models):
+    model, source = models.build("llama"), ModelSource(kind="folder", location="x", label="x")
+    loaded = Loaded(model=model, tokenizer=models.tokenizer(), source=source, weights_hash="0")
+    details = answers(HuggingFaceAdapter.of(loaded), WEIGHTS)
+    model.set_attn_implementation("eager")
+    for question, detail in zip(QUESTIONS, details, strict=True):
+        ids = torch.tensor([models.tokenizer()(f"{CONTEXT}\n{question}").input_ids])
+        alone = model.generate(ids, pad_token_id=0, eos_token_id=[2], **WEIGHTS).attentions
+        for mine, its in zip(detail.outputs[0].attentions, alone, strict=True):
+            for one, other in zip(mine, its, strict=True):
+                torch.testing.assert_close(one, other[:, :, -one.shape[2] :])
+
+
+def test_attention_weights_of_verified_proposals_come_token_by_token(make):
+    adapter = make("sink(2) | local(4)")
+    plain = answers(adapter, {**WEIGHTS, "max_new_tokens": 8})
+    options = {**WEIGHTS, "max_new_tokens": 8, "prompt_lookup_num_tokens": 3}
+    for detail, other in zip(answers(adapter, options), plain, strict=True):
+        assert detail.token_ids == other.token_ids
+        steps, expected = detail.outputs[0].attentions, other.outputs[0].attentions
+        assert len(steps) == len(expected) == detail.new_tokens
+        for mine, its in zip(steps[-2:], expected[-2:], strict=True):
+            for one, two in zip(mine, its, strict=True):
+                torch.testing.assert_close(one, two)
+
+
+def test_in_a_batch_each_row_has_its_attention_weights_behind_its_padding(make):
+    adapter = make("sink(2) | local(4)")
+    requests = [Request(context=c, questions="who?") for c in (CONTEXT, CONTEXT[:30])]
+    together = adapter.process_requests(requests, WEIGHTS)
+    longest = together[0].details[0].prompt_tokens
+    for request, response in zip(requests, together, strict=True):
+        [alone] = adapter.process_request(request, WEIGHTS).details
+        [detail] = response.details
+        padding = longest - detail.prompt_tokens
+        for mine, its in zip(
+            detail.outputs[0].attentions, alone.outputs[0].attentions, strict=True
+        ):
+            for one, other in zip(mine, its, strict=True):
+                assert not one[..., :padding].any()
+                torch.testing.assert_close(one[..., padding:], other)
 
 
 # Functions and objects of the caller

@@ -38,11 +38,6 @@ def refuse(pipeline: Pipeline, generation: Generation, model: Any, batch: int) -
                 f"assisted generation is not supported with masker {name!r}: what its layers hand "
                 "each other belongs to one token, and several are verified at once"
             )
-    if generation.options.get("output_attentions") and not pipeline.is_dense:
-        raise RequestError(
-            f"generation option 'output_attentions' is not supported with '{pipeline.text}': no "
-            "matrix of attention weights is made; use metrics such as mass, or an observer"
-        )
     if generation.assisted and batch > 1:
         raise RequestError(
             f"assisted generation takes one context at a time, not {batch}; use batch_size=1"

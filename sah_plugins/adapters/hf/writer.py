@@ -138,9 +138,11 @@ class Writer(Reader):
         idle = () if beams else together.idle
         watch = Watch(elapsed, generation.stops, idle, length=ids.shape[1], beams=beams)
         hidden = self._hidden(prefilled, generation.hidden_layers)
+        asks = generation.options.get("output_attentions", False)
+        weighed = bool(asks) and not compat.makes_weights(self.model)
         with (
             self._resumed(prefilled, state, contexts, hidden) as session,
-            use(self.model, session),
+            use(self.model, session, always=weighed),
             compat.left_padding(padding),
         ):
             session.start_question(ids.shape[1] - context if generation.assisted else None)
