@@ -53,6 +53,7 @@ from sah_core.compat.models import (
     text_config,
     vocabulary_size,
 )
+from sah_core.compat.processors import unpadded_processors
 
 __all__ = [
     "IMPLEMENTATION",
@@ -95,6 +96,7 @@ __all__ = [
     "snapshot_cache",
     "takes_tokens_back",
     "text_config",
+    "unpadded_processors",
     "using_draft_layers",
     "vocabulary_size",
     "window_of",

@@ -246,6 +246,41 @@ def test_beams_of_a_batch_are_those_of_each_request_alone(make, pipeline):
     assert together[0].details[1].texts == alone[0].details[1].texts
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize(
+    "repeats",
+    [
+        {"repetition_penalty": 9.0},
+        {"no_repeat_ngram_size": 1},
+        {"no_repeat_ngram_size": 2},
+        {"encoder_repetition_penalty": 0.2},
+        {"encoder_no_repeat_ngram_size": 1},
+    ],
+)
+def test_padding_is_no_token_that_has_occurred(make, repeats, beams):
+    adapter = make("sink(2) | local(6)")
+    # tokens that a short context is followed by, which is padded most
+    liked = adapter.process_request(REQUESTS[2], NEW).details[0].token_ids
+    requests = REQUESTS[1:3]
+    for padding in set(liked) - {2}:
+        options = {**NEW, **repeats, "num_beams": beams, "pad_token_id": padding}
+        alone = token_ids([adapter.process_request(request, options) for request in requests])
+        assert token_ids(adapter.process_requests(requests, options)) == alone
+
+
+def test_processors_of_the_caller_get_whole_rows(make):
+    adapter, seen = make(), []
+
+    def look(input_ids, scores):
+        seen.append(tuple(input_ids.shape))
+        return scores
+
+    options = {**NEW, "logits_processor": [look], "no_repeat_ngram_size": 2}
+    adapter.process_requests(REQUESTS[:2], options)
+    assert {rows for rows, _ in seen} == {2}
+    assert "_get_logits_processor" not in vars(adapter.model)
+
+
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_beams_that_a_stop_string_ends_are_cut_there(make, sequences):
     # beams that end early are padded, with an EOS if the padding token is 0

@@ -144,6 +144,7 @@ class Writer(Reader):
             self._resumed(prefilled, state, contexts, hidden) as session,
             use(self.model, session, always=weighed),
             compat.left_padding(padding),
+            compat.unpadded_processors(self.model, padding),
         ):
             session.start_question(ids.shape[1] - context if generation.assisted else None)
             kv_cache = prefilled.cache
