@@ -66,13 +66,21 @@ def cell_identity(
         "seed": experiment.seed,
         "generation": {
             **benchmark.generation_for(task),
-            **experiment.generation,
+            **_generation(experiment),
             "max_new_tokens": experiment.max_new_tokens,
         },
         "max_context_length": experiment.max_context_length,
         "metrics": sorted(metric.text for metric in experiment.metrics),
         "plugins": plugin_versions(experiment, plan, pipeline),
     }
+
+
+def _generation(experiment: Experiment) -> Mapping[str, Any]:
+    """The generation options, with the content of the code that they name."""
+    options = experiment.generation
+    adapter = registry.adapters[experiment.adapter] if options else None
+    identify = getattr(adapter, "generation_identity", None)
+    return options if identify is None else identify(options)
 
 
 def _pipeline(pipeline: Pipeline) -> dict[str, Any]:

@@ -324,12 +324,20 @@ _ROWS: dict[str, Callable[[Answer], str]] = {
 }
 
 
+def _generation_of(plan: Plan) -> dict[str, Any]:
+    """The generation options, with the content of the code that they name."""
+    from sah_core import registry
+
+    identify = getattr(registry.adapters[plan.adapter], "generation_identity", dict)
+    return dict(identify(plan.generation))
+
+
 def _plain(plan: Plan, answers: Sequence[Sequence[Answer]]) -> dict[str, Any]:
     """Everything as JSON-able data."""
     return {
         "model": plan.model,
         "context_tokens": answers[0][0].context_tokens,
-        "generation": dict(plan.generation),
+        "generation": _generation_of(plan),
         "seed": plan.seed,
         "questions": [
             {

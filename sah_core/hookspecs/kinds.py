@@ -69,7 +69,9 @@ class AdapterSpec:
             has them, find mistakes before anything is loaded, ``check_pipeline(pipeline)`` finds
             those of a pipeline on the loaded model before anything is read, and
             ``plain_generation(generation_kwargs)`` gives generation options with the content of
-            the files that they name. Exactly one plugin is asked; its result is the result.
+            the files that they name, and ``generation_identity(generation_kwargs)`` with a hash of
+            the code that they name, as results record them. Exactly one plugin is asked; its
+            result is the result.
 
         Raises:
             BrokenPluginError: by the registry, if the hook is missing, raises, returns no class,

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pickle
 import subprocess
+import sys
 from typing import ClassVar
 
 import attrs
@@ -276,6 +277,42 @@ def test_a_run_is_refused_before_it_starts_if_a_file_is_missing(plugins, fakes, 
         resolve(document, path="e.yaml", check_output=False)
     (tmp_path / "words").touch()
     resolve(document, path="e.yaml", check_output=False)
+
+
+def test_the_content_of_a_decoding_loop_is_part_of_a_cell_and_its_place_is_not(
+    tmp_path, monkeypatch
+):
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def identity(name, text, **generation):
+        place = tmp_path / name / "custom_generate"
+        place.mkdir(parents=True)
+        (place / "generate.py").write_text(f"def generate(model, **others):\n    {text}\n")
+        document = {
+            "models": ["m"],
+            "pipelines": ["dense"],
+            "benchmarks": ["niah"],
+            "generation": {"custom_generate": str(tmp_path / name), **generation},
+        }
+        experiment = resolve(document, path="e.yaml", check_output=False)
+        [pipeline], [plan] = experiment.pipelines, experiment.benchmarks
+        return cell_identity(experiment, plan, plan.benchmark.tasks()[0], pipeline, {})
+
+    trust = {"trust_remote_code": True}
+    a, b, c = (identity(n, t, **trust) for n, t in (("a", "pass"), ("b", "pass"), ("c", "0")))
+    assert a == b != c
+    assert a["generation"]["custom_generate"].startswith("sha256:")
+    assert a["generation"]["trust_remote_code"] is True
+    with pytest.raises(ExperimentError, match="it needs trust_remote_code=True beside it"):
+        identity("d", "raise SystemExit")
+    path = tmp_path / "config.json"
+    said = {"custom_generate": str(tmp_path / "a"), **trust, "top_k": 3}
+    path.write_text(json.dumps(said))
+    found = identity("e", "pass", generation_config=str(path), custom_generate=None)
+    assert "trust_remote_code" not in found["generation"]
+    assert found["generation"]["top_k"] == 3
 
 
 def test_the_content_of_a_file_is_part_of_a_cell_and_its_place_is_not(plugins, fakes, tmp_path):

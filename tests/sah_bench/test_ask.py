@@ -131,6 +131,17 @@ def test_a_pipeline_that_fails_leaves_the_others(fakes):
             {},
             "generation option 'temp' is not known; did you mean 'temperature'?",
         ),
+        (
+            ["--adapter", "hf", "--generation", "custom_generate=nobody/nowhere"],
+            {},
+            "runs code from 'nobody/nowhere'; it needs trust_remote_code=True beside it",
+        ),
+        (
+            ["--adapter", "hf", "--generation", "custom_generate=nobody/nowhere"]
+            + ["--generation", "trust_remote_code=true"],
+            {},
+            "code from 'nobody/nowhere', which is no folder, and the local hub cache lacks it",
+        ),
         (["--max-new-tokens", "0"], {}, "0 is not in the range x>=1"),
         (["--truncation", "tail"], {}, "'tail' is not one of 'none', 'middle', 'head'"),
         (["--model", "missing"], {}, "model 'missing' not found"),

@@ -89,12 +89,6 @@ def test_the_table_says_refused_of_what_is_refused():
 
 
 SAMPLES = {
-    "constraints": ([1],),
-    "force_words_ids": ([[3]],),
-    "dola_layers": ("low", [1]),
-    "penalty_alpha": (0.6,),
-    "num_beam_groups": (2,),
-    "diversity_penalty": (0.5,),
     "continuous_batching_config": ({},),
 }
 
@@ -533,8 +527,8 @@ def test_a_loop_of_the_caller_runs_where_no_masker_keeps_a_state(make):
     assert tokens(make("local(4)"), options) != best
     with pytest.raises(RequestError, match="'custom_generate' is not supported with masker 'ques"):
         answers(make(STATEFUL), options)
-    with pytest.raises(RequestError, match="no remote code is run"):
-        answers(make(), {"custom_generate": "transformers-community/dola"})
+    with pytest.raises(RequestError, match="the decoding loop returned 3; expected the token ids"):
+        answers(make(), {"custom_generate": lambda model, input_ids, **others: 3})
     with pytest.raises(RequestError, match="'rank' is not known"):
         answers(make(), {"rank": 1})
 

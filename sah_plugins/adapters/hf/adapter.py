@@ -19,6 +19,7 @@ from sah_core.probing import check_fit, check_padding, check_reading
 from sah_core.requests import AnswerDetail, Likelihood
 
 from .captured import CapturedDecode
+from .foreign_code import identified
 from .generation import Generation, generation_options
 from .healing import Healer
 from .kv_cache import Keeping
@@ -108,6 +109,18 @@ class HuggingFaceAdapter(Healer):
             RequestError: If the config cannot be read.
         """
         return merged(generation_kwargs or {})
+
+    @classmethod
+    def generation_identity(cls, generation_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The options with a hash of the code that they ask for in the place of where it lies.
+
+        Args:
+            generation_kwargs: As for `process_request`; not changed.
+
+        Raises:
+            RequestError: If the code is not there.
+        """
+        return identified(merged(generation_kwargs or {}))
 
     @classmethod
     def check_model(cls, model_name: str) -> None:

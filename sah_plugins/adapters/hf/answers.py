@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
+from sah_core import RequestError
+from sah_core.errors import short_repr
 from sah_core.requests import AnswerDetail, Generated
 
 from .generation import Generation, Watch
@@ -14,6 +17,30 @@ from .prompts import Prompt
 
 CACHE = ("cache", "past_key_values")
 """Names of the cache in model outputs."""
+
+
+def sequences_of(output: Any, prompts: Tensor) -> Tensor:
+    """The tokens that ``generate`` returned, those of the prompts first.
+
+    Args:
+        output: What it returned.
+        prompts: What it was given, ``(rows, prompt length)``.
+
+    Raises:
+        RequestError: If that are no tokens behind the prompts, as a decoding loop of the caller's
+            may return anything.
+    """
+    found = getattr(output, "sequences", output)
+    rows, length = prompts.shape
+    fits = isinstance(found, Tensor) and found.dim() == 2 and found.shape[1] >= length
+    if fits and found.shape[0] and found.shape[0] % rows == 0:
+        each = prompts.repeat_interleave(found.shape[0] // rows, 0)
+        if torch.equal(found[:, :length], each.to(found.device)):
+            return cast(Tensor, found)
+    raise RequestError(
+        f"the decoding loop returned {short_repr(found)}; expected the token ids of every prompt "
+        "and what follows them, or an output with these as sequences"
+    )
 
 
 def new_tokens(

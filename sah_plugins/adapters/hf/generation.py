@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sah_core import RequestError, compat
 
+from .foreign_code import ALL_MOVED, asks_for_code, code_of, load_code
 from .kv_cache import Keeping
 from .options import ASSISTED, DRAFTING, check_options
 
@@ -51,6 +52,7 @@ class Generation:
         draft_layers: The model's own layers for multi-token prediction, where they propose; not
             part of the model.
         heals: Whether the prompt's last token is to be chosen anew.
+        code: The folder or repository whose code takes the place of the decoding loop.
         negative: The negative prompt of guidance, by the names of ``generate``'s arguments.
     """
 
@@ -65,6 +67,7 @@ class Generation:
     keeping: Keeping = Keeping()
     draft_layers: Any = None
     heals: bool = False
+    code: str | None = None
     negative: dict[str, Any] = attrs.field(factory=dict)
 
     @property
@@ -112,6 +115,14 @@ class Generation:
         if self.assistant is not None and self.drafts_blocks:
             return tuple(self.assistant.model.config.target_layer_ids)
         return (compat.LAST,) if self.predicts_ahead else ()
+
+    @property
+    def loop(self) -> str | None:
+        """The option by which other code takes the place of the decoding loop; None for none."""
+        if self.options.get("custom_generate") is not None:
+            return "custom_generate"
+        names = (n for n in ALL_MOVED if asks_for_code(n, self.options.get(n)))
+        return next(names, None if self.code is None else "trust_remote_code")
 
     @property
     def guided(self) -> bool:
@@ -258,6 +269,11 @@ def generation_options(
         ParameterError: As `check_options`.
     """
     options = check_options(generation_kwargs, type(model).generate)
+    code = code_of(options, model.generation_config)
+    if code is None:
+        options.pop("trust_remote_code", None)
+    else:
+        load_code(code)  # a checkpoint may have asked for it
     max_length, min_length = options.pop("max_length", None), options.pop("min_length", None)
     if max_length is None:
         options.setdefault("max_new_tokens", DEFAULT_NEW_TOKENS)
@@ -303,6 +319,7 @@ def generation_options(
         assistant=assistant,
         keeping=keeping,
         heals=heals,
+        code=code,
         negative={
             name: options.pop(name)
             for name in ("negative_prompt_ids", "negative_prompt_attention_mask")

@@ -14,6 +14,7 @@ from typing import Any
 from sah_core import ParameterError, RequestError
 from sah_core.errors import nearest_names, one_line, short_repr
 
+from .foreign_code import ALL_MOVED, code_of, load_code, named_source, own_options
 from .kv_cache import IMPLEMENTATIONS, check_keeping
 from .loading import hub_in_reach
 
@@ -21,16 +22,7 @@ log = logging.getLogger(__name__)
 
 OWN_CACHE = "the context is read once, into a cache that the adapter makes"
 REQUEST = "the request holds the prompt"
-HUB_CODE = "transformers runs it with code from the hub only, and no remote code is run"
 REFUSED = {
-    "constraints": HUB_CODE,
-    "force_words_ids": HUB_CODE,
-    "dola_layers": HUB_CODE,
-    "penalty_alpha": HUB_CODE,
-    "low_memory": HUB_CODE,
-    "num_beam_groups": HUB_CODE,
-    "diversity_penalty": HUB_CODE,
-    "trust_remote_code": HUB_CODE,
     "is_assistant": "transformers sets it itself, for an assistant",
     "continuous_batching_config": "process_requests makes the batches",
     "synced_gpus": "a model runs in one process",
@@ -44,18 +36,12 @@ REFUSED = {
     "position_ids": REQUEST,
 }
 """Options of ``generate`` that have no place here, and why."""
-NEUTRAL = {
-    "penalty_alpha": (0,),
-    "num_beam_groups": (1,),
-    "diversity_penalty": (0,),
-}
-"""Values of refused options that change nothing, where that is not False or None."""
 WITHOUT_EFFECT = {
     "use_cache": "the context is read once into a cache, which the answers do not depend on",
     "compile_config": "passes are not compiled; capture_decode is the fast loop",
 }
 """Options that choose time and memory, and are not followed: a warning says why."""
-OWN = ("seed", "tokenizer", "assistant_tokenizer")
+OWN = ("seed", "tokenizer", "assistant_tokenizer", "trust_remote_code")
 """Options beside those of ``generate`` and of a generation config."""
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 """Options each of which asks for decoding that verifies proposed tokens."""
@@ -67,6 +53,13 @@ DRAFTING = (
 """Options that transformers reads from the assistant's own generation config."""
 RECORDED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 """Options that ask for more than tokens."""
+YES_OR_NO = (
+    "do_sample",
+    "return_dict_in_generate",
+    "token_healing",
+    "use_mtp",
+)
+"""Options that are true or false, beside those."""
 COUNTS = {
     "max_new_tokens": 1,
     "min_new_tokens": 0,
@@ -135,13 +128,10 @@ def check_options(
             "names to values"
         )
     options = merged(generation_kwargs or {})
-    custom = options.get("custom_generate")
-    known = known_options(generate or GenerationMixin.generate) | custom_options(custom)
+    known = known_options(generate or GenerationMixin.generate) | code_options(options)
     for name in list(options):
         if name in REFUSED:
-            value = options.pop(name)
-            scalar = isinstance(value, bool | int | float | str)
-            if value is not None and not (scalar and value in NEUTRAL.get(name, (False,))):
+            if asks(options.pop(name)):
                 raise RequestError(f"generation option {name!r} is not supported: {REFUSED[name]}")
         elif name not in known:
             nearest = nearest_names(name, known - set(REFUSED))
@@ -153,7 +143,7 @@ def check_options(
             options.pop(name, None)
         elif isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ParameterError("generation", name, value, f"an integer >= {least}")
-    for name in ("do_sample", "return_dict_in_generate", "token_healing", "use_mtp", *RECORDED):
+    for name in (*YES_OR_NO, *RECORDED):
         if not isinstance(options.get(name) or False, bool):
             raise ParameterError("generation", name, options[name], "true or false")
     check_together(options)
@@ -245,20 +235,37 @@ def read_config(name: str) -> Any:
         ) from error
 
 
-def custom_options(custom: Any) -> frozenset[str]:
-    """The names of the arguments that a decoding loop of the caller takes.
+def code_options(options: dict[str, Any]) -> frozenset[str]:
+    """The names of the arguments of the code that ``custom_generate`` brings along or names: a
+    function, or what a folder or a repository holds. Code that the options ask for is loaded, if
+    the caller trusts it.
+
+    Args:
+        options: Options of ``generate``; what asks for nothing is taken out of them.
 
     Raises:
-        RequestError: If it is the name of a repository, whose code would be run.
+        RequestError: If it is not trusted, not there, or cannot be loaded.
+        ParameterError: If it is neither a function nor a name.
     """
-    if custom is None:
+    for name in ALL_MOVED:
+        if options.get(name) is False:
+            del options[name]  # any value but None would ask for something
+        check_form(name, options.get(name))
+    check_form("trust_remote_code", options.get("trust_remote_code"))
+    custom = options.get("custom_generate")
+    if callable(custom):
+        return own_options(custom)
+    if custom is not None:
+        if not isinstance(custom, str | Path) or not str(custom):
+            expected = "a function, or the name of a folder or repository"
+            raise ParameterError("generation", "custom_generate", custom, expected)
+        options["custom_generate"] = named_source(custom)
+    source = code_of(options)
+    if source is None:
         return frozenset()
-    if not callable(custom):
-        raise RequestError(
-            f"generation option 'custom_generate' is {short_repr(custom)}; expected a function: "
-            "no remote code is run"
-        )
-    return frozenset(inspect.signature(custom).parameters)
+    taken = own_options(load_code(source))
+    # of a way to decode that was moved, transformers lets no further arguments through
+    return frozenset() if custom is None else taken
 
 
 def check_together(options: Mapping[str, Any]) -> None:
@@ -374,11 +381,41 @@ FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
         f"one of {', '.join(IMPLEMENTATIONS)}",
     ),
     "cache_config": (lambda value: isinstance(value, Mapping), "a mapping"),
+    "constraints": (
+        lambda value: not isinstance(value, str) and _is_several(value, lambda one: True),
+        "a list of constraints",
+    ),
+    "force_words_ids": (lambda value: isinstance(value, list | tuple), "a list of token ids"),
+    "dola_layers": (
+        lambda value: (
+            value in ("low", "high") if isinstance(value, str) else _is_several(value, _is_token)
+        ),
+        "low, high or a list of layers",
+    ),
+    "penalty_alpha": (lambda value: _is_number(value) and value >= 0, "a number >= 0"),
+    "num_beam_groups": (
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+        "an integer >= 1",
+    ),
+    "diversity_penalty": NUMBER,
+    "low_memory": (lambda value: isinstance(value, bool), "true or false"),
+    "trust_remote_code": (lambda value: isinstance(value, bool), "true or false"),
     "max_time": (lambda value: _is_number(value) and value >= 0, "a number of seconds >= 0"),
     "guidance_scale": NUMBER,
     "length_penalty": NUMBER,
 }
 """Options that have no processor of transformers: what holds of their values, in code and words."""
+
+
+def check_form(name: str, value: Any) -> None:
+    """Refuse a value of another form than that of `FORMS`.
+
+    Raises:
+        ParameterError: With what is expected.
+    """
+    holds, expected = FORMS[name]
+    if value is not None and not holds(value):
+        raise ParameterError("generation", name, value, expected)
 
 
 def check_values(options: Mapping[str, Any]) -> None:
@@ -389,10 +426,8 @@ def check_values(options: Mapping[str, Any]) -> None:
     """
     from transformers import GenerationConfig, generation
 
-    for name, (holds, expected) in FORMS.items():
-        value = options.get(name)
-        if value is not None and not holds(value):
-            raise ParameterError("generation", name, value, expected)
+    for name in FORMS:
+        check_form(name, options.get(name))
     for name in (*(WARPERS if options.get("do_sample") else ()), *PROCESSORS):
         value = options.get(name)
         if value is None or (name == "top_k" and value == 0):

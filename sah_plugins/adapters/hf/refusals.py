@@ -25,12 +25,12 @@ def refuse(pipeline: Pipeline, generation: Generation, model: Any, batch: int) -
             f"generation option 'num_beams' is not supported with masker {name!r}: {reason}; use "
             "num_beams=1"
         )
-    custom = "custom_generate" in generation.options
+    custom = generation.loop
     for step in pipeline.steps:
         name, shares = step.name, step.capabilities.shares_layers
         if custom and (step.is_stateful() or shares):
             raise RequestError(
-                f"generation option 'custom_generate' is not supported with masker {name!r}: its "
+                f"generation option {custom!r} is not supported with masker {name!r}: its "
                 "state cannot follow a loop that may reorder sequences or take tokens back"
             )
         if generation.assisted and shares:

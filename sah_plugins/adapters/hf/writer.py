@@ -9,7 +9,6 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
 
 from sah_core import Pipeline, compat
 from sah_core.attention import Session
@@ -18,7 +17,7 @@ from sah_core.patching import set_apart, use
 from sah_core.requests import AnswerDetail, Likelihood
 from sah_core.selection import overflow_rows
 
-from .answers import answer_detail, new_tokens, row_of
+from .answers import answer_detail, new_tokens, row_of, sequences_of
 from .assistants import with_assistant
 from .generation import Generation, Watch, generation_options, negative_prompt, seeded
 from .gguf import quiet_transformers
@@ -166,7 +165,7 @@ class Writer(Reader):
                     **negative_prompt(generation, ids),
                 )
             overflow = overflow_rows(session.request_state)
-        sequences: Tensor = getattr(output, "sequences", output)
+        sequences = sequences_of(output, ids)
         return Drawn(
             new_tokens(sequences, ids, watch, generation),
             None if sequences is output else output,
