@@ -36,9 +36,7 @@ class HiddenStates:
     def recorded(self, model: Any, kv_cache: Any) -> Iterator[None]:
         """Keep those of every pass over a cache, in the place of what was kept from there on."""
         argument = cache_argument(type(model).forward)
-        counts_embeddings = _counts_embeddings()
-        last = LAST if counts_embeddings else int(text_config(model).num_hidden_layers) - 1
-        asked = [last if layer == LAST else layer + counts_embeddings for layer in self.layers]
+        asked = [asked_as(layer, model) for layer in self.layers]
         held: list[int] = []
 
         def before(module: Any, arguments: Any, named: dict[str, Any]) -> Any:
@@ -49,7 +47,8 @@ class HiddenStates:
 
         def after(module: Any, arguments: Any, named: dict[str, Any], output: Any) -> None:
             if named.get(argument) is kv_cache:
-                new = tuple(output.hidden_states[place] for place in self._places())
+                states = output.hidden_states
+                new = tuple(states[place] for place in self._places(model, states))
                 self.kept = self._joined(held[0], new)
 
         with _hooked(model, before, after):
@@ -75,7 +74,7 @@ class HiddenStates:
             if getattr(output, "hidden_states", None) is None:
                 return None
             states = list(output.hidden_states)
-            places = self._places()
+            places = self._places(model, states)
             whole = self._joined(held[0], tuple(states[place] for place in places))
             for place, state in zip(places, whole, strict=True):
                 states[place] = state
@@ -85,10 +84,10 @@ class HiddenStates:
         with _hooked(model, before, after):
             yield
 
-    def _places(self) -> tuple[int, ...]:
+    def _places(self, model: Any, states: Sequence[Any]) -> tuple[int, ...]:
         """Where the layers' outputs stand in what a model returns."""
-        first = _counts_embeddings()
-        return tuple(layer if layer == LAST else layer + first for layer in self.layers)
+        before = len(states) - int(text_config(model).num_hidden_layers)
+        return tuple(layer if layer == LAST else layer + before for layer in self.layers)
 
     def _joined(self, held: int, new: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if not held:
@@ -99,13 +98,13 @@ class HiddenStates:
         )
 
 
-def _counts_embeddings() -> bool:
-    """Whether hidden states that are asked for by number begin with the embeddings, as all of them
-    do; in older versions of transformers they begin with the first layer.
-    """
+def asked_as(layer: int, model: Any) -> int:
+    """The number by which a forward pass is asked for the output of a layer."""
     from transformers.utils import output_capturing
 
-    return hasattr(output_capturing, "selected_hidden_states")
+    if hasattr(output_capturing, "selected_hidden_states"):
+        return layer if layer == LAST else layer + 1  # the embeddings are counted
+    return int(text_config(model).num_hidden_layers) - 1 if layer == LAST else layer
 
 
 @contextmanager

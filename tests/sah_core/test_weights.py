@@ -16,6 +16,7 @@ from sah_core import (
     weights,
 )
 from sah_core.attention import Session
+from sah_core.patching import attention
 from sah_core.testing import MODEL
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet", "no_grad")]
@@ -133,6 +134,15 @@ def test_nobody_pays_for_them_who_does_not_ask(models, built, monkeypatch):
         model(ids[:, :1], output_hidden_states=True, **given)
         with pytest.raises(AssertionError, match="weights were made"):
             model(ids[:, :1], output_attentions=True, **given)
+
+
+def test_a_model_that_hands_its_arguments_on_gets_them_too(models):
+    module = models.build("llama").model.layers[1].self_attn
+    query, key, value = torch.randn(1, 4, 3, 16), *torch.randn(2, 1, 2, 3, 16)
+    for asks in (False, True):
+        output, matrix = attention(module, query, key, value, None, output_attentions=asks)
+        assert (matrix is not None) == asks
+    torch.testing.assert_close(attended(matrix, value), output)
 
 
 @pytest.mark.parametrize("name", registry.maskers.names())
