@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from sah_core import Request
+from sah_core import Request, attach
 from sah_core.errors import ParameterError, RequestError, UnsupportedError
 from sah_core.models import ModelSource
 from sah_plugins.adapters.hf import HuggingFaceAdapter
@@ -365,3 +365,21 @@ def test_drafts_start_from_a_healed_prompt(predicting, pipeline):
     for one, other in zip(healed, drafting, strict=True):
         assert (one.healed_token, one.token_ids) == (other.healed_token, other.token_ids)
     assert any(detail.healed_token is not None for detail in healed)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_under_attach_the_layers_run_dense_beside_a_plain_generate(predicting, drafted, kind):
+    adapter, options = predicting("dense", kind), {"max_new_tokens": LENGTH, "do_sample": False}
+    expected = generated(adapter, QUESTIONS[0], use_mtp=True, **options)
+    alone = list(drafted)
+    drafted.clear()
+    with attach(adapter.model, "local(1.0) @ prefill=sparse"):
+        assert generated(adapter, QUESTIONS[0], use_mtp=True, **options) == expected
+        assert_same(drafted, alone)
+    drafted.clear()
+    other = HuggingFaceAdapter.of(adapter.loaded)
+    with attach(adapter.model, "local(2)"):
+        request = Request(context=CONTEXT, questions=QUESTIONS[0])
+        [detail] = other.process_request(request, {**options, "use_mtp": True}).details
+    assert detail.token_ids == expected
+    assert_same(drafted, alone)
