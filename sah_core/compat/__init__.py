@@ -4,6 +4,7 @@ Nothing of transformers is imported before a function here is called.
 """
 
 from sah_core.compat.cache import (
+    branched_cache,
     cached_tensors,
     can_shorten,
     check_cache,
@@ -15,6 +16,7 @@ from sah_core.compat.cache import (
     make_quantised_cache,
     repeated_cache,
     restore_cache,
+    seeming_empty,
     shorten_cache,
     snapshot_cache,
     window_of,
@@ -62,6 +64,7 @@ __all__ = [
     "HiddenStates",
     "attention_configs",
     "attention_modules",
+    "branched_cache",
     "cache_argument",
     "cached_tensors",
     "caches_latents",
@@ -91,6 +94,7 @@ __all__ = [
     "repeated_cache",
     "restore_cache",
     "run_attention",
+    "seeming_empty",
     "set_implementation",
     "shorten_cache",
     "snapshot_cache",

@@ -229,13 +229,21 @@ def window_of(layer: Any) -> int | None:
     return window if isinstance(window, int) else None
 
 
-def repeated_cache(kv_cache: Any, repeats: int) -> Any:
-    """A copy of a cache with every sequence ``repeats`` times, one copy next to the other."""
+def branched_cache(kv_cache: Any) -> Any:
+    """A copy of a cache whose sequences may be repeated, chosen and reordered, and may go on in
+    their own way; the tokens that it holds are shared, where layers write into none of them.
+    """
     made = copy.copy(kv_cache)
     made.layers = []
     for layer in kv_cache.layers:
         kind = kind_of(layer)
         made.layers.append(copy.deepcopy(layer) if kind == "copy" else copy.copy(layer))
+    return made
+
+
+def repeated_cache(kv_cache: Any, repeats: int) -> Any:
+    """A copy of a cache with every sequence ``repeats`` times, one copy next to the other."""
+    made = branched_cache(kv_cache)
     batch = max(1, sequences_of(made))
     made.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
     return made
@@ -366,6 +374,32 @@ def without_cached(model: Any, kv_cache: Any, prompt_tokens: int) -> Iterator[No
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def seeming_empty(model: Any, kv_cache: Any, prompt_tokens: int) -> Iterator[None]:
+    """Let a decoding loop that begins with an empty cache begin with a full one: the cache has no
+    length before its first pass, which takes the whole prompt and reads what is not cached.
+
+    Args:
+        model: The model.
+        kv_cache: The cache; the first pass over it is the one.
+        prompt_tokens: Tokens of the whole prompt.
+    """
+    argument = cache_argument(type(model).forward)
+
+    def show(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+        if named.get(argument) is kv_cache:
+            vars(kv_cache).pop("get_seq_length", None)
+
+    with without_cached(model, kv_cache, prompt_tokens):
+        kv_cache.get_seq_length = lambda *layer: 0
+        hook = model.register_forward_pre_hook(show, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+            vars(kv_cache).pop("get_seq_length", None)
 
 
 def cached_tensors(kv_cache: Any) -> Iterator[tuple[int, Tensor, Tensor]]:

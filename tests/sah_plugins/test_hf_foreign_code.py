@@ -367,6 +367,100 @@ def test_a_checkpoint_that_asks_for_code_is_not_obeyed_without_the_callers_word(
     assert len(notes.SEEN) == loops
 
 
+CONTRASTIVE = """
+    import torch
+    from transformers import GenerationMixin
+
+    # after Su et al., "A Contrastive Framework for Neural Text Generation" (arXiv 2202.06417): of
+    # the k likeliest tokens the one that is likely and unlike everything before it
+    def _loop(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
+    ):
+        alpha, k = generation_config.penalty_alpha, generation_config.top_k
+        name = "past_key_values" if "past_key_values" in kwargs else "cache"
+        cache, rows, mask = kwargs[name], len(input_ids), kwargs.get("attention_mask")
+        if cache.get_seq_length():
+            raise NameError("logits of the first step")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        def read(ids, mask):
+            places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+            return model(
+                input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True,
+                output_hidden_states=True, **{name: cache},
+            )
+        output = read(input_ids, mask)
+        before, logits = output.hidden_states[-1], output.logits[:, -1]
+        real = mask
+        while True:
+            likely, chosen = logits_processor(input_ids, logits).softmax(-1).topk(k)
+            cache.batch_repeat_interleave(k)
+            wide = torch.cat([mask, mask.new_ones(rows, 1)], 1).repeat_interleave(k, 0)
+            output = read(chosen.reshape(-1, 1), wide)
+            new = output.hidden_states[-1].reshape(rows, k, -1)
+            like = torch.cosine_similarity(new[:, :, None], before[:, None], dim=-1)
+            like = like.masked_fill(real[:, None] == 0, -9).amax(-1)
+            best = ((1 - alpha) * likely - alpha * like).argmax(-1)
+            picked = torch.arange(rows) * k + best
+            cache.batch_select_indices(picked)
+            logits = output.logits[picked, -1]
+            before = torch.cat([before, new[torch.arange(rows), best][:, None]], 1)
+            mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
+            real = mask
+            input_ids = torch.cat([input_ids, chosen[torch.arange(rows), best][:, None]], 1)
+            if stopping_criteria(input_ids, logits).all():
+                return input_ids
+
+    def generate(model, *args, **kwargs):
+        return GenerationMixin.generate(model, *args, custom_generate=_loop, **kwargs)
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3"])
+def test_contrastive_search_compares_with_the_whole_prompt(make, folder, moved, family):
+    moved(folder(CONTRASTIVE))
+    adapter, options = make(family=family), {"penalty_alpha": 0.6, "top_k": 4, **TRUST}
+    found = tokens(adapter, options)
+    assert found == alone(adapter, options)
+    assert found != tokens(adapter, {})
+    prefilled = adapter.prefill(Request(context=CONTEXT, questions=QUESTIONS))
+    for given, expected in ((options, found), ({}, tokens(adapter, {})), (options, found)):
+        details = adapter.answer(prefilled, None, {"max_new_tokens": 5, **given}).details
+        assert [detail.token_ids for detail in details] == expected
+
+
+def test_contrastive_search_runs_sparse_and_in_batches(make, folder, moved):
+    moved(folder(CONTRASTIVE))
+    adapter = make(WINDOW)
+    options = {"penalty_alpha": 0.6, "top_k": 4, "max_new_tokens": 5, **TRUST}
+    requests = [
+        Request(context=context, questions="who is in the tin?") for context in ("x", CONTEXT[:43])
+    ]
+    together = adapter.process_requests(requests, options)
+    alone = [adapter.process_request(request, options) for request in requests]
+    assert [r.responses for r in together] == [r.responses for r in alone]
+
+
+def test_a_loop_that_fails_is_named_and_leaves_the_context_as_it_was(make, folder):
+    place = folder(CONTRASTIVE)
+    adapter, options = make(), {"custom_generate": place, **TRUST}
+    prefilled = adapter.prefill(Request(context=CONTEXT, questions=QUESTIONS[0]))
+    before = adapter.answer(prefilled, None, {"max_new_tokens": 5}).responses
+    message = f"the code of '{place}' failed with NameError: logits of the first step"
+    with pytest.raises(RequestError, match=message):
+        adapter.answer(prefilled, None, options)
+    folder(
+        """
+        def generate(model, inputs, past_key_values=None, cache=None, **others):
+            held = cache if past_key_values is None else past_key_values
+            held.batch_repeat_interleave(3)
+            raise IndexError("after all")
+        """
+    )
+    with pytest.raises(RequestError, match="failed with IndexError: after all"):
+        adapter.answer(prefilled, None, options)
+    assert adapter.answer(prefilled, None, {"max_new_tokens": 5}).responses == before
+
+
 # What a result says of the code
 
 

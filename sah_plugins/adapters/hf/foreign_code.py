@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sah_core import RequestError
+import torch
+
+from sah_core import RequestError, SahError
 from sah_core.errors import one_line
 from sah_core.hashing import sha256_of
 
@@ -137,6 +140,26 @@ def _loaded(source: str, _hash: str) -> Callable[..., Any]:
             f"{one_line(str(error)) or type(error).__name__}"
         ) from error
     return made
+
+
+@contextmanager
+def blaming(source: str | None) -> Iterator[None]:
+    """Say of a fault inside that the code of a folder or repository failed; None for none.
+
+    Raises:
+        RequestError: With the fault.
+    """
+    try:
+        yield
+    except (SahError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # it may be anyone's code
+        if source is None:
+            raise
+        fault = f"{type(error).__name__}: {one_line(str(error))}"
+        raise RequestError(
+            f"the code of {source!r} failed with {fault} (its cache holds the context already)"
+        ) from error
 
 
 def code_hash(source: str) -> str:

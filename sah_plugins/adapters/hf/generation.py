@@ -109,12 +109,20 @@ class Generation:
 
     @property
     def hidden_layers(self) -> tuple[int, ...]:
-        """Layers whose hidden states of the whole prompt proposals start from; the assistant has to
-        be loaded.
+        """Layers whose hidden states of the whole prompt proposals start from, or that contrastive
+        search compares with; the assistant has to be loaded.
         """
         if self.assistant is not None and self.drafts_blocks:
             return tuple(self.assistant.model.config.target_layer_ids)
-        return (compat.LAST,) if self.predicts_ahead else ()
+        return (compat.LAST,) if self.predicts_ahead or self.starts_over else ()
+
+    @property
+    def starts_over(self) -> bool:
+        """Whether its loop reads the whole prompt, and begins with an empty cache only: contrastive
+        search does, for the sake of hidden states.
+        """
+        asked = asks_for_code("penalty_alpha", self.options.get("penalty_alpha"))
+        return self.code is not None and asked
 
     @property
     def loop(self) -> str | None:

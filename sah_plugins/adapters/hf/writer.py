@@ -19,6 +19,7 @@ from sah_core.selection import overflow_rows
 
 from .answers import answer_detail, new_tokens, row_of, sequences_of
 from .assistants import with_assistant
+from .foreign_code import blaming
 from .generation import Generation, Watch, generation_options, negative_prompt, seeded
 from .gguf import quiet_transformers
 from .prefilled import ContextState, Prefilled
@@ -147,6 +148,8 @@ class Writer(Reader):
         ):
             session.start_question(ids.shape[1] - context if generation.assisted else None)
             kv_cache = prefilled.cache
+            if generation.loop is not None:
+                kv_cache = compat.branched_cache(kv_cache)
             if beams:
                 kv_cache = compat.repeated_cache(kv_cache, generation.beams)
                 rows = torch.arange(len(prompts)).repeat_interleave(generation.beams)
@@ -155,6 +158,7 @@ class Writer(Reader):
             with (
                 self._beside(session, generation, kv_cache, ids.shape[1]),
                 hidden.handed_out(self.model, kv_cache) if hidden else nullcontext(),
+                blaming(generation.code),
             ):
                 output = self.model.generate(
                     ids,
@@ -196,6 +200,8 @@ class Writer(Reader):
                 stack.enter_context(set_apart(self.model, kv_cache, fresh))
             if generation.assisted:
                 stack.enter_context(compat.without_cached(self.model, kv_cache, length))
+            if generation.starts_over:
+                stack.enter_context(compat.seeming_empty(self.model, kv_cache, length))
             if generation.assistant is not None:
                 stack.enter_context(generation.assistant.drafting(self.model))
             if generation.draft_layers is not None:
