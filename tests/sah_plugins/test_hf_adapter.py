@@ -589,7 +589,7 @@ def test_settings_of_the_checkpoint_do_not_make_the_default_sample(models, make)
         {"num_return_sequences": 2},
         {"cache_config": {"nbits": 4}},
         {"output_scores": True},
-        {"token_healing": True},
+        {"is_assistant": True},
         {"attention_mask": torch.ones(1, 3)},
         {"maxnewtokens": 3},
         {"max_new_token": 3},

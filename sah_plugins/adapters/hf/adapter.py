@@ -16,7 +16,7 @@ from sah_core.attention import Session
 from sah_core.errors import ParameterError, RequestError, short_repr
 from sah_core.patching import use
 from sah_core.probing import check_fit, check_padding, check_reading
-from sah_core.requests import AnswerDetail, Likelihood
+from sah_core.requests import AnswerDetail
 
 from .captured import CapturedDecode
 from .foreign_code import identified
@@ -26,13 +26,12 @@ from .kv_cache import Keeping
 from .loading import Loaded, check_name, load_model
 from .options import check_options, merged
 from .prefilled import Prefilled, check_alone, check_questions, padded_rows, same_lengths
-from .prompts import build_prompts, stripped
+from .prompts import build_prompts, request_options, stripped
 from .refusals import refuse
 from .rounds import rounds
 
 ROOM = 256
 """Tokens of cache taken ahead for generation."""
-REQUEST_OPTIONS = ("max_context_length", "truncation", "chat", "prefill_chunk_size")
 BATCH_SIZE = 8
 """Contexts that `process_requests` reads together unless it is told otherwise."""
 
@@ -457,40 +456,6 @@ class HuggingFaceAdapter(Healer):
         return responses
 
     @torch.no_grad()
-    def loglikelihood(
-        self,
-        prefilled: Prefilled,
-        pipeline: Pipeline | str | None = None,
-        *,
-        observers: Sequence[object] = (),
-        indices: Sequence[int] | None = None,
-        step: int | None = None,
-    ) -> tuple[Likelihood, ...]:
-        """How well each question's text is predicted from the context, with that text given.
-
-        Args:
-            prefilled: What `prefill` returned; the questions are the texts, and a request without
-                template, separator and answer prefix makes them plain continuations.
-            pipeline: What to run on the text; the adapter's when None.
-            observers: Objects with observer hooks.
-            indices: Which questions; all when None.
-            step: Tokens per forward pass. None reads a text at once, as a question is read; 1 reads
-                it as generated tokens are, for pipelines that are sparse while decoding only.
-
-        Raises:
-            RequestError: If a text has less than two tokens, or the prefill was sparse and belongs
-                to another pipeline, or is of several contexts.
-        """
-        check_alone(prefilled, "loglikelihood")
-        parsed = self.pipeline if pipeline is None else Pipeline.parse(pipeline)
-        state = self._state(prefilled, parsed)
-        session = self._watched(state.session, observers)
-        state = attrs.evolve(state, session=session)
-        chosen = range(len(prefilled.prompts)) if indices is None else indices
-        check_questions(prefilled.rows[0], chosen)
-        return tuple(self._score(prefilled, state, index, step) for index in chosen)
-
-    @torch.no_grad()
     def capture_decode(
         self,
         prefilled: Prefilled,
@@ -554,30 +519,3 @@ class HuggingFaceAdapter(Healer):
                     counted = stripped(prompt, self.tokenizer) if generation.heals else prompt
                     generation.behind(len(counted.ids))
         return generation
-
-
-def request_options(request_kwargs: Mapping[str, Any] | None) -> tuple[dict[str, Any], int | None]:
-    """The options for building prompts, and the tokens per prefill step.
-
-    Raises:
-        RequestError: For an option that is not known.
-        ParameterError: For a value that is not allowed.
-    """
-    if request_kwargs is not None and not isinstance(request_kwargs, Mapping):
-        raise RequestError(
-            f"the request options are {short_repr(request_kwargs)}; expected a mapping from names "
-            "to values"
-        )
-    options = dict(request_kwargs or {})
-    unknown = sorted(set(options) - set(REQUEST_OPTIONS))
-    if unknown:
-        raise RequestError(
-            f"request option {unknown[0]!r} is not known; options are {', '.join(REQUEST_OPTIONS)}"
-        )
-    chunk = options.pop("prefill_chunk_size", None)
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-        raise ParameterError("request", "prefill_chunk_size", chunk, "an integer >= 1")
-    chat = options.get("chat")
-    if chat is not None and not isinstance(chat, bool):
-        raise ParameterError("request", "chat", chat, "true, false or none")
-    return options, chunk

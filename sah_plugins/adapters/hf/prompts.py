@@ -4,12 +4,15 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
 
-from sah_core.errors import ContextTooLongError, ParameterError, RequestError
+from sah_core.errors import ContextTooLongError, ParameterError, RequestError, short_repr
 from sah_core.requests import TRUNCATIONS, Request, Truncation
+
+REQUEST_OPTIONS = ("max_context_length", "truncation", "chat", "prefill_chunk_size")
 
 
 @attrs.frozen
@@ -237,3 +240,30 @@ def encode(tokenizer: Any, text: str, *, special: bool) -> tuple[list[int], list
     ):
         ids, spans = ids[:-1], spans[:-1]  # an EOS that the tokenizer adds would end the prompt
     return ids, spans
+
+
+def request_options(request_kwargs: Mapping[str, Any] | None) -> tuple[dict[str, Any], int | None]:
+    """The options for building prompts, and the tokens per prefill step.
+
+    Raises:
+        RequestError: For an option that is not known.
+        ParameterError: For a value that is not allowed.
+    """
+    if request_kwargs is not None and not isinstance(request_kwargs, Mapping):
+        raise RequestError(
+            f"the request options are {short_repr(request_kwargs)}; expected a mapping from names "
+            "to values"
+        )
+    options = dict(request_kwargs or {})
+    unknown = sorted(set(options) - set(REQUEST_OPTIONS))
+    if unknown:
+        raise RequestError(
+            f"request option {unknown[0]!r} is not known; options are {', '.join(REQUEST_OPTIONS)}"
+        )
+    chunk = options.pop("prefill_chunk_size", None)
+    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
+        raise ParameterError("request", "prefill_chunk_size", chunk, "an integer >= 1")
+    chat = options.get("chat")
+    if chat is not None and not isinstance(chat, bool):
+        raise ParameterError("request", "chat", chat, "true, false or none")
+    return options, chunk

@@ -1,4 +1,4 @@
-"""What a model writes behind contexts in its cache: answers, and the losses of given texts."""
+"""What a model writes behind contexts in its cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sah_core import Pipeline, compat
 from sah_core.attention import Session
 from sah_core.errors import RequestError
 from sah_core.patching import set_apart, use
-from sah_core.requests import AnswerDetail, Likelihood
+from sah_core.requests import AnswerDetail
 from sah_core.selection import overflow_rows
 
 from .answers import answer_detail, new_tokens, row_of, sequences_of
@@ -22,8 +22,8 @@ from .assistants import with_assistant
 from .foreign_code import blaming
 from .generation import Generation, Watch, generation_options, negative_prompt, seeded
 from .gguf import quiet_transformers
+from .likelihood import Predictor
 from .prefilled import ContextState, Prefilled
-from .reader import Reader
 from .rounds import Round
 
 
@@ -44,8 +44,8 @@ class Drawn:
     overflow: int
 
 
-class Writer(Reader):
-    """A loaded model that answers questions and scores texts behind contexts."""
+class Writer(Predictor):
+    """A loaded model that answers questions behind contexts."""
 
     def _assisted(self, generation: Generation) -> Generation:
         """The generation with its assistant, or the model's layers for drafts, loaded."""
@@ -208,53 +208,3 @@ class Writer(Reader):
                 layers = generation.draft_layers
                 stack.enter_context(compat.using_draft_layers(self.model, layers))
             yield
-
-    def _score(
-        self, prefilled: Prefilled, state: ContextState, index: int, step: int | None
-    ) -> Likelihood:
-        prompt = prefilled.prompts[index]
-        self._check_length(len(prompt.ids), 0)
-        text = prompt.ids[prompt.context_tokens :]
-        if len(text) < 2:
-            raise RequestError(f"text {index} has {len(text)} token; at least 2 are needed")
-        begin, observed = self._now(), state.session.observer_seconds
-        losses: list[float] = []
-        correct: list[bool] = []
-        resumed = self._resumed(prefilled, state, [prompt.ids[: prompt.context_tokens]])
-        with resumed as session, use(self.model, session):
-            session.start_question()
-            past = prompt.context_tokens
-            for piece, logits in self._forward(prefilled.cache, text, past, step):
-                following = torch.tensor(
-                    text[piece.start + 1 : piece.stop + 1], dtype=torch.long, device=self.device
-                )
-                scores = logits[: len(following)].float()
-                losses += torch.nn.functional.cross_entropy(
-                    scores, following, reduction="none"
-                ).tolist()
-                correct += (scores.argmax(-1) == following).tolist()
-        return Likelihood(
-            token_ids=tuple(text[1:]),
-            losses=tuple(losses),
-            correct=tuple(correct),
-            context_tokens=prompt.context_tokens,
-            seconds=self._now() - begin - (session.observer_seconds - observed),
-            backends=tuple(sorted(session.backends_used)),
-        )
-
-    def _forward(
-        self, kv_cache: Any, ids: Sequence[int], past: int, step: int | None
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Run given tokens behind the cached ones and yield the logits of each piece."""
-        length = step or len(ids)
-        for begin in range(0, len(ids), length):
-            piece = slice(begin, min(begin + length, len(ids)))
-            output = self.model(
-                input_ids=torch.tensor([ids[piece]], device=self.device),
-                attention_mask=torch.ones(
-                    1, past + piece.stop, dtype=torch.long, device=self.device
-                ),
-                use_cache=True,
-                **{self._cache_argument: kv_cache},
-            )
-            yield piece, output.logits[0]
