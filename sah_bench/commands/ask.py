@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +72,8 @@ _FACTS = 16
     "--generation",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Option of transformers' generate, such as temperature=0.7; may be repeated.",
+    help="Option of transformers' generate, such as temperature=0.7; may be repeated. A "
+    "temperature, top_p or top_k asks for sampling.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of sampled answers.")
 @click.option(
@@ -206,9 +207,18 @@ def _generation(settings: tuple[str, ...]) -> dict[str, Any]:
         if name.strip() in ("max_new_tokens", "max_length"):
             raise click.UsageError(f"--generation {name.strip()}: give --max-new-tokens")
         found[name.strip()] = value
-    if "temperature" in found or "top_p" in found or "top_k" in found:
+    if _asks_to_sample(found):
         found.setdefault("do_sample", True)
     return found
+
+
+def _asks_to_sample(generation: Mapping[str, Any]) -> bool:
+    """Whether somebody who says this means sampling: not with a temperature of 0, nor with
+    contrastive search, which reads ``top_k`` too.
+    """
+    if generation.get("temperature") == 0 or generation.get("penalty_alpha"):
+        return False
+    return any(generation.get(name) is not None for name in ("temperature", "top_p", "top_k"))
 
 
 @contextmanager

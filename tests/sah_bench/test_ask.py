@@ -73,6 +73,22 @@ def test_options_reach_the_adapter(fakes):
     assert calls(fakes, "prefill")[1][3] == {"max_context_length": 99}
 
 
+@pytest.mark.parametrize(
+    ("options", "samples"),
+    [
+        (["top_p=0.9"], True),
+        (["temperature=0.5", "do_sample=false"], False),
+        (["temperature=0"], None),
+        (["temperature=null"], None),
+        (["penalty_alpha=0.6", "top_k=4"], None),
+        (["penalty_alpha=0", "top_k=4"], True),
+    ],
+)
+def test_what_is_said_of_sampling_asks_for_it(fakes, options, samples):
+    answers(ask(*(word for option in options for word in ("--generation", option)), "--json"))
+    assert calls(fakes, "answer")[-1][3].get("do_sample") is samples
+
+
 @pytest.mark.parametrize("name", ["notes.txt", "-"])
 def test_the_text_comes_from_a_file_or_from_standard_input(fakes, tmp_path, name):
     path = name

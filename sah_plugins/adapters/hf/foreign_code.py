@@ -20,6 +20,7 @@ from sah_core import RequestError, SahError
 from sah_core.errors import one_line
 from sah_core.hashing import sha256_of
 
+from .gguf import quiet_transformers
 from .loading import hub_in_reach
 
 FILE = "custom_generate/generate.py"
@@ -100,7 +101,8 @@ def _mode(options: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, str 
     said = {name: options[name] for name in MODE_OPTIONS if options.get(name) is not None}
     filled = {name: value for name, value in own.items() if value is not None}
     try:
-        config = GenerationConfig(**{"top_k": DEFAULT_TOP_K, **filled, **said})
+        with quiet_transformers():
+            config = GenerationConfig(**{"top_k": DEFAULT_TOP_K, **filled, **said})
         mode = config.get_generation_mode(options.get("assistant_model"))
     except (ValueError, TypeError) as error:
         raise RequestError(f"these generation options do not go together: {error}") from error
