@@ -200,15 +200,8 @@ def set_apart(model: Any, kv_cache: Any, fresh: Callable[[], Session]) -> Iterat
         passes[-1].enter_context(use(model, others[0]))
         passes[-1].enter_context(compat.left_padding(()))
 
-    def after(module: Any, arguments: Any, output: Any) -> None:
+    def after(module: Any, arguments: Any, named: dict[str, Any], output: Any) -> None:
         passes.pop().close()
 
-    hooks = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, always_call=True),
-    ]
-    try:
+    with compat.hooked(model, before, after, always=True):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

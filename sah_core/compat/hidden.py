@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from sah_core.compat.models import cache_argument, text_config
+from sah_core.compat.models import cache_argument, hooked, text_config
 from sah_core.errors import UnsupportedError, one_line
 
 LAST = -1
@@ -51,7 +51,7 @@ class HiddenStates:
                 new = tuple(states[place] for place in self._places(model, states))
                 self.kept = self._joined(held[0], new)
 
-        with _hooked(model, before, after):
+        with hooked(model, before, after):
             yield
 
     @contextmanager
@@ -81,7 +81,7 @@ class HiddenStates:
             output.hidden_states = tuple(states)
             return output
 
-        with _hooked(model, before, after):
+        with hooked(model, before, after):
             yield
 
     def _places(self, model: Any, states: Sequence[Any]) -> tuple[int, ...]:
@@ -105,19 +105,6 @@ def asked_as(layer: int, model: Any) -> int:
     if hasattr(output_capturing, "selected_hidden_states"):
         return layer if layer == LAST else layer + 1  # the embeddings are counted
     return int(text_config(model).num_hidden_layers) - 1 if layer == LAST else layer
-
-
-@contextmanager
-def _hooked(model: Any, before: Any, after: Any) -> Iterator[None]:
-    hooks = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, with_kwargs=True),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def draft_layer_count(model: Any) -> int:

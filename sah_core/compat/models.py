@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -154,3 +155,26 @@ def cache_argument(forward: Callable[..., Any]) -> str:
     ``past_key_values``.
     """
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+@contextmanager
+def hooked(
+    model: Any, before: Callable[..., Any], after: Callable[..., Any], *, always: bool = False
+) -> Iterator[None]:
+    """Look at every forward pass of a model.
+
+    Args:
+        model: The model.
+        before: Called as ``before(model, arguments, named)``; may return other arguments.
+        after: Called as ``after(model, arguments, named, output)``; may return another output.
+        always: Call it for a pass that failed too, with None as its output.
+    """
+    hooks = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True, always_call=always),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
