@@ -14,10 +14,8 @@ from sah_core.compat.offloaded import OffloadedCache, OffloadedLayer
 from sah_core.compat.preallocated import PreallocatedLayer
 from sah_core.compat.quantised import reorders
 from sah_core.errors import ParameterError, RequestError, UnsupportedError
-from sah_core.models import ModelSource
 from sah_plugins.adapters.hf import HuggingFaceAdapter
 from sah_plugins.adapters.hf.kv_cache import IMPLEMENTATIONS
-from sah_plugins.adapters.hf.loading import Loaded
 
 pytestmark = [pytest.mark.unit, pytest.mark.usefixtures("quiet")]
 
@@ -29,24 +27,6 @@ NEW = {"max_new_tokens": 8}
 CONFIG = {"backend": "quanto", "nbits": 2, "q_group_size": 16, "residual_length": 6}
 QUANTISED = {"cache_implementation": "quantized", "cache_config": CONFIG}
 QUEST = "sink(2) | quest(8, page_size=4)"
-
-
-@pytest.fixture(scope="module")
-def make(models):
-    built = {}
-
-    def adapter(pipeline="dense", family="llama"):
-        if family not in built:
-            built[family] = models.build(family)
-        loaded = Loaded(
-            model=built[family],
-            tokenizer=models.tokenizer(),
-            source=ModelSource(kind="folder", location="tiny", label="tiny"),
-            weights_hash="0",
-        )
-        return HuggingFaceAdapter.of(loaded, pipeline)
-
-    return adapter
 
 
 @pytest.fixture
@@ -160,17 +140,18 @@ def test_an_offloaded_layer_holds_what_a_preallocated_one_holds():
 # Quantised
 
 
-def continued(adapter, config, question, context=CONTEXT):
+def continued(adapter, config, question, beams=1):
     """What transformers makes of a quantised cache that holds the context."""
     encode = adapter.tokenizer
-    context_tokens = len(encode(context).input_ids)
-    ids = torch.tensor([encode(f"{context}\n{question}").input_ids])
+    context_tokens = len(encode(CONTEXT).input_ids)
+    ids = torch.tensor([encode(f"{CONTEXT}\n{question}").input_ids])
     model = adapter.model
     with torch.no_grad():
         kept = QuantizedCache(config=model.config, **config)
         argument = {compat.cache_argument(type(model).forward): kept}
-        model(ids[:, :context_tokens], use_cache=True, **argument)
-        made = model.generate(ids, pad_token_id=0, eos_token_id=[2], **argument, **NEW)
+        model(ids[:, :context_tokens].expand(beams, -1), use_cache=True, **argument)
+        options = {"pad_token_id": 0, "eos_token_id": [2], "num_beams": beams, **NEW}
+        made = model.generate(ids, **argument, **options)
     return tuple(made[0, ids.shape[1] :].tolist())
 
 
@@ -228,18 +209,8 @@ def test_quantised_contexts_are_read_one_by_one(make):
 @pytest.mark.skipif(not reorders(), reason="transformers reorders a part only")
 def test_beams_follow_a_quantised_cache(make):
     adapter = make()
-    question = QUESTIONS[0]
-    encode = adapter.tokenizer
-    context_tokens = len(encode(CONTEXT).input_ids)
-    ids = torch.tensor([encode(f"{CONTEXT}\n{question}").input_ids])
-    model = adapter.model
-    with torch.no_grad():
-        kept = QuantizedCache(config=model.config, **CONFIG)
-        argument = {compat.cache_argument(type(model).forward): kept}
-        model(ids[:, :context_tokens].expand(3, -1), use_cache=True, **argument)
-        made = model.generate(ids, pad_token_id=0, eos_token_id=[2], num_beams=3, **argument, **NEW)
-    expected = tuple(made[0, ids.shape[1] :].tolist())
-    assert tokens(adapter, {**QUANTISED, "num_beams": 3})[0] == expected
+    expected = [continued(adapter, CONFIG, question, beams=3) for question in QUESTIONS]
+    assert tokens(adapter, {**QUANTISED, "num_beams": 3}) == expected
 
 
 def test_layers_that_cannot_be_quantised_are_found_before_a_context_is_read(make, quanto):
