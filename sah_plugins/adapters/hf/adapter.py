@@ -22,7 +22,6 @@ from .captured import CapturedDecode
 from .foreign_code import identified
 from .generation import Generation, generation_options
 from .healing import Healer
-from .kv_cache import Keeping
 from .loading import Loaded, check_name, load_model
 from .options import check_options, merged
 from .prefilled import Prefilled, check_alone, check_questions, padded_rows, same_lengths
@@ -307,9 +306,8 @@ class HuggingFaceAdapter(Healer):
                 at once, or its layers cannot be kept as the options say.
         """
         options, chunk = request_options(request_kwargs)
-        keeping = Keeping.taken_from(check_options(generation_kwargs, type(self.model).generate))
+        keeping, hidden = self._kept_for(generation_kwargs)
         chunk = chunk or keeping.chunk
-        hidden = self._hidden_of(generation_kwargs)
         if not requests:
             raise RequestError("there is no request")
         for request in requests:
@@ -348,9 +346,9 @@ class HuggingFaceAdapter(Healer):
             self._extend(kv_cache, pieces, 0, watched, padding, chunk)
         seconds = self._now() - begin - (watched.observer_seconds if watched else 0.0)
         base = compat.snapshot_cache(kv_cache)
-        made = Prefilled(rows, kv_cache, base, seconds, session, empty, chunk, keeping)
-        made.hidden = hidden
-        return made
+        return Prefilled(
+            rows, kv_cache, base, seconds, session, empty, chunk, keeping, hidden=hidden
+        )
 
     def answer(
         self,

@@ -22,6 +22,7 @@ from .assistants import with_assistant
 from .foreign_code import blaming
 from .generation import Generation, Watch, generation_options, negative_prompt, seeded
 from .gguf import quiet_transformers
+from .kv_cache import Keeping
 from .likelihood import Predictor
 from .prefilled import ContextState, Prefilled
 from .rounds import Round
@@ -62,15 +63,17 @@ class Writer(Predictor):
                 self._draft_layers = compat.read_draft_layers(self.model)
         return attrs.evolve(generation, draft_layers=self._draft_layers)
 
-    def _hidden_of(self, generation_kwargs: Mapping[str, Any] | None) -> compat.HiddenStates | None:
-        """What is to keep the hidden states of a context for a generation that starts from them;
-        None for one that does not, or is not known yet.
+    def _kept_for(
+        self, generation_kwargs: Mapping[str, Any] | None
+    ) -> tuple[Keeping, compat.HiddenStates | None]:
+        """How a context is to be kept for a generation, and what is to keep its hidden states if
+        the generation starts from them; nothing is asked for by one that is not known yet.
         """
         if generation_kwargs is None:
-            return None
+            return Keeping(), None
         generation = generation_options(self.model, self.tokenizer, generation_kwargs)
         layers = self._assisted(generation).hidden_layers
-        return compat.HiddenStates(layers) if layers else None
+        return generation.keeping, compat.HiddenStates(layers) if layers else None
 
     def _generate(
         self,
