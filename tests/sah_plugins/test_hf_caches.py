@@ -327,3 +327,22 @@ def test_what_only_chooses_time_is_not_followed_and_said_once(make, caplog, opti
     assert tokens(adapter, option) == tokens(adapter, {})
     [record] = [r for r in caplog.records if r.name == options.__name__]
     assert f"{next(iter(option))!r} has no effect" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_cache", False),
+        ("cache_implementation", "quantized"),
+        ("cache_implementation", "static"),
+        ("cache_implementation", "hybrid"),
+        ("max_cache_len", 99),
+        ("prefill_chunk_size", 3),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
+def test_what_a_checkpoint_says_of_caches_does_not_count(make, monkeypatch, name, value, options):
+    adapter = make()
+    expected = tokens(adapter, options)
+    monkeypatch.setattr(adapter.model.generation_config, name, value)
+    assert tokens(adapter, options) == expected

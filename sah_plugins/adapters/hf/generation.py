@@ -31,6 +31,15 @@ OF_THE_CHECKPOINT = (
     "token_healing",
 )
 """Options that a checkpoint may set and that have to be known here."""
+OWN_CACHE = {
+    "use_cache": True,
+    "cache_implementation": None,
+    "max_cache_len": None,
+    "prefill_chunk_size": None,
+}
+"""What ``generate`` is told of the cache that it is given, whatever the checkpoint says: some carry
+``use_cache=False`` from their training, with which the context would not be seen.
+"""
 
 
 @attrs.frozen
@@ -313,6 +322,7 @@ def generation_options(
         options["num_return_sequences"] = 1
     assistant = take_assistant(options)
     keeping = Keeping.taken_from(options)
+    options.update(OWN_CACHE)
     heals = bool(options["token_healing"])
     if heals:
         options["token_healing"] = False  # it is done before
