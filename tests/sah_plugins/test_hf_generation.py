@@ -419,3 +419,13 @@ def test_truncation_never_cuts_template_system_message_turns_or_question(
         tail = length - head
         kept = context[:head] + (context[-tail:] if tail else "")
         assert text(length) == whole.replace(context, kept)
+
+
+def test_stop_strings_of_a_checkpoint_end_answers_unless_others_are_given(make, monkeypatch):
+    adapter, options = make(), {"max_new_tokens": 6}
+    wanted = [d.texts for d in ask(adapter, {**options, "stop_strings": ["e", "a"]})]
+    plain = [d.texts for d in ask(adapter, options)]
+    assert wanted != plain
+    monkeypatch.setattr(adapter.model.generation_config, "stop_strings", ["e", "a"])
+    assert [d.texts for d in ask(adapter, options)] == wanted
+    assert [d.texts for d in ask(adapter, {**options, "stop_strings": "~~"})] == plain

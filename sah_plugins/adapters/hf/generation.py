@@ -29,9 +29,10 @@ OF_THE_CHECKPOINT = (
     "speculation_type",
     "guidance_scale",
     "token_healing",
+    "stop_strings",
 )
 """Options that a checkpoint may set and that have to be known here."""
-OWN_CACHE = {
+GIVEN_CACHE = {
     "use_cache": True,
     "cache_implementation": None,
     "max_cache_len": None,
@@ -322,7 +323,7 @@ def generation_options(
         options["num_return_sequences"] = 1
     assistant = take_assistant(options)
     keeping = Keeping.taken_from(options)
-    options.update(OWN_CACHE)
+    options.update(GIVEN_CACHE)
     heals = bool(options["token_healing"])
     if heals:
         options["token_healing"] = False  # it is done before
@@ -366,7 +367,8 @@ def stopping_criteria(options: dict[str, Any], tokenizer: Any) -> tuple[Callable
     from transformers import StopStringCriteria
 
     stops = list(options.pop("stopping_criteria", None) or ())
-    strings = options.pop("stop_strings", None)
+    strings = options.get("stop_strings")
+    options["stop_strings"] = None  # nor are they to be looked for a second time
     tokenizer = options.pop("tokenizer", None) or tokenizer
     if strings:
         strings = [strings] if isinstance(strings, str) else list(strings)
